@@ -1,0 +1,51 @@
+"""Decide which model-load features may be on, from rules that are data, and say why."""
+
+from gatekeeper.checkpoint import Index, TensorInfo, read_index
+from gatekeeper.decide import decide
+from gatekeeper.decision import Decision, Decisions, LayerDecision, Outcome, ranges
+from gatekeeper.errors import CheckpointError, FactError, Fault, GatekeeperError, RefusedError, RuleError
+from gatekeeper.facts import Facts, Runner, from_record
+from gatekeeper.families import Family, MoeTensors, find_moe_layers
+from gatekeeper.formats import Format, Storage
+from gatekeeper.load import load_rules, parse_rule_set
+from gatekeeper.reading import join, open_target, read_facts, runners_of
+from gatekeeper.rules import RuleSet
+from gatekeeper.values import ABSENT, UNKNOWN, Reading, Value, Values
+
+__all__ = [
+    "ABSENT",
+    "UNKNOWN",
+    "CheckpointError",
+    "Decision",
+    "Decisions",
+    "FactError",
+    "Facts",
+    "Family",
+    "Fault",
+    "Format",
+    "GatekeeperError",
+    "Index",
+    "LayerDecision",
+    "MoeTensors",
+    "Outcome",
+    "Reading",
+    "RefusedError",
+    "RuleError",
+    "RuleSet",
+    "Runner",
+    "Storage",
+    "TensorInfo",
+    "Value",
+    "Values",
+    "decide",
+    "find_moe_layers",
+    "from_record",
+    "join",
+    "load_rules",
+    "open_target",
+    "parse_rule_set",
+    "ranges",
+    "read_facts",
+    "read_index",
+    "runners_of",
+]

@@ -1,0 +1,52 @@
+"""The `gatekeeper` command: one file a subcommand, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from gatekeeper.errors import GatekeeperError
+
+COMMANDS = {
+    "check": "Check a rule set: every fault with its place.",
+    "decide": "Decide features for checkpoints, configs or lines of facts.",
+    "facts": "Show the catalogue, or a target's facts with their witnesses.",
+    "test": "Run tables of facts and expected decisions.",
+}
+
+BAD_NEWS, INCOMPLETE = 1, 3
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"gatekeeper.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="model-gatekeeper")
+def group() -> None:
+    """Decide which model-load features may be on, from rules that are data, and say why.
+
+    Exit codes: 0 done and fine (`off` is fine), 1 bad news, 2 wrong usage, 3 incomplete.
+    """
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one message on stderr, never a traceback."""
+    try:
+        group(prog_name="gatekeeper")
+    except GatekeeperError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(BAD_NEWS)

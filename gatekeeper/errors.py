@@ -1,0 +1,55 @@
+"""What can go wrong, as values: a fault is one thing wrong with one place; errors carry faults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """A place in a file; lines and columns count from 1, 0 means the whole file."""
+
+    file: str
+    line: int = 0
+    column: int = 0
+
+    def __str__(self) -> str:
+        if not self.line:
+            return self.file
+        return f"{self.file}:{self.line}" + (f":{self.column}" if self.column else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing wrong: a stable code, a one-line message that ends with what to do, and the place."""
+
+    code: str
+    message: str
+    where: Where
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.code}: {self.message}"
+
+
+class GatekeeperError(Exception):
+    """Base of every error that this project raises on purpose; the command line prints it without a traceback."""
+
+
+class RuleError(GatekeeperError):
+    """A rule set, table or map that can't be used; `faults` has everything found in one run."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        self.faults = tuple(sorted(set(faults), key=lambda f: (f.where.file, f.where.line, f.where.column, f.code)))
+        super().__init__("\n".join(map(str, self.faults)))
+
+
+class FactError(GatekeeperError):
+    """A fact that can't be believed: unknown name, value of the wrong type, or sources that contradict each other."""
+
+
+class CheckpointError(GatekeeperError):
+    """A checkpoint folder that can't be read: missing, torn, hostile or contradictory."""
+
+
+class RefusedError(GatekeeperError):
+    """A decision that is an error, or a requested feature that is still pending."""

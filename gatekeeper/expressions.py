@@ -1,0 +1,282 @@
+"""`derive`: a checked subset of Python expressions over facts, compiled to closures; never evaluated by Python.
+
+Unknown operands give unknown, absent ones absent (absent wins in arithmetic); comparisons with an absent operand are
+false; `and`, `or`, `not` and conditionals are strong Kleene.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from gatekeeper.values import ABSENT, UNKNOWN, Missing, Value, Values, records_equal
+
+Evaluate: TypeAlias = Callable[[Values], "Value | Missing"]
+
+MAX_LENGTH = 1000
+MAX_BITS = 4096  # past this a product of facts is a mistake, and would only burn time
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """One compiled expression; called with values, it gives a value, `ABSENT` or `UNKNOWN`."""
+
+    text: str
+    names: frozenset[str]
+    """Facts that it reads."""
+    evaluate: Evaluate
+
+    def __call__(self, values: Values) -> Value | Missing:
+        return self.evaluate(values)
+
+
+def parse_expression(text: str) -> Expression:
+    """Compile `text`. Raises `ValueError` that says what is not allowed."""
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"an expression of {len(text)} characters; name parts of it as facts of their own")
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError(f"`{text}` is not an expression") from None
+    compiler = _Compiler()
+    evaluate = compiler.compile(tree.body)
+    return Expression(text, frozenset(compiler.names), evaluate)
+
+
+_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+
+
+class _Compiler:
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def compile(self, node: ast.expr) -> Evaluate:
+        method = getattr(self, f"_{type(node).__name__.lower()}", None)
+        if method is None:
+            raise ValueError(f"`{ast.unparse(node)}` is not allowed in an expression")
+        return method(node)  # type: ignore[no-any-return]
+
+    def _constant(self, node: ast.Constant) -> Evaluate:
+        value = node.value
+        if not isinstance(value, int | float | str) or isinstance(value, bool):
+            raise ValueError(f"`{ast.unparse(node)}` is not allowed; write `true` or `false`, a number or a text")
+        return lambda values: value
+
+    def _name(self, node: ast.Name) -> Evaluate:
+        if node.id not in ("true", "false"):
+            raise ValueError(f"`{node.id}` is not a fact: fact names have a dot")
+        truth = node.id == "true"
+        return lambda values: truth
+
+    def _attribute(self, node: ast.Attribute) -> Evaluate:
+        parts = [node.attr]
+        inner: ast.expr = node.value
+        while isinstance(inner, ast.Attribute):
+            parts.append(inner.attr)
+            inner = inner.value
+        if not isinstance(inner, ast.Name):
+            raise ValueError(f"`{ast.unparse(node)}` is not a fact")
+        name = ".".join([inner.id, *reversed(parts)])
+        self.names.add(name)
+        return lambda values: values.get(name, UNKNOWN)
+
+    def _list(self, node: ast.List) -> Evaluate:
+        items = [self.compile(item) for item in node.elts]
+        return lambda values: _strict(tuple, *(item(values) for item in items))
+
+    def _unaryop(self, node: ast.UnaryOp) -> Evaluate:
+        inner = self.compile(node.operand)
+        if isinstance(node.op, ast.Not):
+
+            def negate(values: Values) -> Value | Missing:
+                truth = _truth(inner(values))
+                return UNKNOWN if truth is None else not truth
+
+            return negate
+        if isinstance(node.op, ast.USub):
+            return lambda values: _strict(lambda items: -_number(items[0]), inner(values))
+        raise ValueError(f"`{ast.unparse(node)}` is not allowed in an expression")
+
+    def _boolop(self, node: ast.BoolOp) -> Evaluate:
+        items = [self.compile(item) for item in node.values]
+        decisive = isinstance(node.op, ast.Or)
+
+        def evaluate(values: Values) -> Value | Missing:
+            truths = [_truth(item(values)) for item in items]
+            if decisive in truths:
+                return decisive
+            return UNKNOWN if None in truths else not decisive
+
+        return evaluate
+
+    def _ifexp(self, node: ast.IfExp) -> Evaluate:
+        test, yes, no = self.compile(node.test), self.compile(node.body), self.compile(node.orelse)
+
+        def evaluate(values: Values) -> Value | Missing:
+            truth = _truth(test(values))
+            if truth is not None:
+                return yes(values) if truth else no(values)
+            one, other = yes(values), no(values)
+            return one if type(one) is type(other) and one == other else UNKNOWN
+
+        return evaluate
+
+    def _binop(self, node: ast.BinOp) -> Evaluate:
+        apply = _ARITHMETIC.get(type(node.op))
+        if apply is None:
+            raise ValueError(f"`{ast.unparse(node)}` is not allowed; use + - * / // %")
+        left, right = self.compile(node.left), self.compile(node.right)
+        divides = isinstance(node.op, ast.Div | ast.FloorDiv | ast.Mod)
+        exact = isinstance(node.op, ast.Div)
+
+        def calculate(items: tuple[Any, ...]) -> Value | Missing:
+            a, b = _number(items[0]), _number(items[1])
+            if divides and b == 0:
+                return ABSENT
+            if exact and isinstance(a, int) and isinstance(b, int):
+                return ABSENT if a % b else a // b
+            if isinstance(a, int) and isinstance(b, int) and a.bit_length() + b.bit_length() > MAX_BITS:
+                return ABSENT
+            try:
+                return apply(a, b)  # type: ignore[no-any-return]
+            except OverflowError:
+                return ABSENT
+
+        return lambda values: _strict(calculate, left(values), right(values))
+
+    def _compare(self, node: ast.Compare) -> Evaluate:
+        sides = [self.compile(side) for side in (node.left, *node.comparators)]
+        pairs = list(zip(node.ops, sides, sides[1:], strict=False))
+        tests = [self._comparison(op, a, b) for op, a, b in pairs]
+
+        def evaluate(values: Values) -> Value | Missing:
+            truths = [test(values) for test in tests]
+            if False in truths:
+                return False
+            return UNKNOWN if None in truths else True
+
+        return evaluate
+
+    def _comparison(self, op: ast.cmpop, left: Evaluate, right: Evaluate) -> Callable[[Values], bool | None]:
+        if isinstance(op, ast.In | ast.NotIn):
+            compare: Callable[[Any, Any], bool] = lambda a, b: a in _sequence(b)  # noqa: E731  # one of a table
+        elif type(op) in _COMPARISONS:
+            compare = _COMPARISONS[type(op)] if not isinstance(op, ast.NotEq) else operator.eq
+        else:
+            raise ValueError("only == != < <= > >= in and not in compare")
+        negated = isinstance(op, ast.NotEq | ast.NotIn)
+
+        def evaluate(values: Values) -> bool | None:
+            a, b = left(values), right(values)
+            if isinstance(a, Mapping) and isinstance(b, Mapping) and compare is operator.eq:
+                truth: bool | None = records_equal((a.get(key, UNKNOWN), b.get(key, UNKNOWN)) for key in {*a, *b})
+            elif a is ABSENT or b is ABSENT:
+                truth = False
+            elif a is UNKNOWN or b is UNKNOWN:
+                truth = None
+            else:
+                try:
+                    truth = isinstance(a, bool) == isinstance(b, bool) and bool(compare(a, b))
+                except TypeError:
+                    raise ValueError(f"can't compare `{a}` with `{b}`") from None
+            return truth if truth is None else truth != negated
+
+        return evaluate
+
+    def _call(self, node: ast.Call) -> Evaluate:
+        name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
+        if name not in _FUNCTIONS or node.keywords or not node.args:
+            raise ValueError(f"`{name}(…)` is not allowed; the functions are {', '.join(sorted(_FUNCTIONS))}")
+        items = [self.compile(item) for item in node.args]
+        lowest, highest, apply = _FUNCTIONS[name]
+        if not lowest <= len(items) <= highest:
+            raise ValueError(f"`{name}` takes {lowest}{'' if lowest == highest else ' or more'} operands")
+        return lambda values: apply(*(item(values) for item in items))
+
+
+def _strict(apply: Callable[[tuple[Any, ...]], Value | Missing], *items: Value | Missing) -> Value | Missing:
+    if any(item is ABSENT for item in items):
+        return ABSENT
+    return UNKNOWN if any(item is UNKNOWN for item in items) else apply(items)
+
+
+def _truth(value: Value | Missing) -> bool | None:
+    if value is UNKNOWN:
+        return None
+    if value is ABSENT:
+        return False
+    if not isinstance(value, bool):
+        raise ValueError(f"`{value}` is not true or false")
+    return value
+
+
+def _number(value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"`{value}` is not a number")
+    return value
+
+
+def _sequence(value: Any) -> tuple[Any, ...] | str:
+    if not isinstance(value, tuple | str):
+        raise ValueError(f"`{value}` is not a list")
+    return value
+
+
+def _coalesce(*items: Value | Missing) -> Value | Missing:
+    # Passes absent and stops at unknown: what follows an unknown may not be the answer.
+    return next((item for item in items if item is not ABSENT), ABSENT)
+
+
+def _item(items: Value | Missing, index: Value | Missing) -> Value | Missing:
+    def pick(pair: tuple[Any, ...]) -> Value | Missing:
+        sequence, position = _sequence(pair[0]), _number(pair[1])
+        inside = isinstance(position, int) and 0 <= position < len(sequence)
+        return sequence[int(position)] if inside else ABSENT
+
+    return _strict(pick, items, index)
+
+
+def _present(item: Value | Missing) -> Value | Missing:
+    if isinstance(item, Mapping) and all(isinstance(part, Missing) for part in item.values()):
+        return UNKNOWN  # a record of which no field is known yet
+    return item if item is UNKNOWN else item is not ABSENT
+
+
+def _least(*items: Value | Missing) -> Value | Missing:
+    return _strict(lambda numbers: min(map(_number, numbers)), *items)
+
+
+def _greatest(*items: Value | Missing) -> Value | Missing:
+    return _strict(lambda numbers: max(map(_number, numbers)), *items)
+
+
+def _length(items: Value | Missing) -> Value | Missing:
+    return _strict(lambda one: len(_sequence(one[0])), items)
+
+
+_FUNCTIONS: dict[str, tuple[int, int, Callable[..., Value | Missing]]] = {
+    "coalesce": (1, 20, _coalesce),
+    "item": (2, 2, _item),
+    "len": (1, 1, _length),
+    "max": (1, 20, _greatest),
+    "min": (1, 20, _least),
+    "present": (1, 1, _present),
+}

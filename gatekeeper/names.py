@@ -1,0 +1,273 @@
+"""The one matcher of module names: does an exclude list, by the rules of the quantizer that wrote it, cover a module?
+
+Each quantizer has its own rules, and a prefix test is none of them: `shared_expert` is not `shared_expert_gate`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Literal, TypeAlias
+
+from gatekeeper.errors import FactError
+
+Test: TypeAlias = Callable[[str], bool]
+Excluded: TypeAlias = bool | Literal["partly"]
+
+WRAPPERS = ("language_model.model.", "model.language_model.", "language_model.", "model.", "")
+"""Prefixes of one and the same module: the class tree, the checkpoint and the quantizer each choose theirs."""
+
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "w13": ("w1", "w3"), "qkv_proj": ("q_proj", "k_proj", "v_proj")}
+"""Modules that engines fuse and checkpoints keep apart; lists name the parts."""
+
+MAX_PATTERN = 500
+MAX_REPEATS = 4
+"""Unbounded repeats of one pattern: matching a name of n characters costs up to n to that power."""
+MAX_OPTIONAL = 8
+
+_WILD = re.compile(r"[*?\[]")
+
+
+def covers(method: str, patterns: Sequence[str], name: str) -> bool:
+    """Say whether the list `patterns`, written by the quantizer `method`, covers the module `name`.
+
+    `name` is tried with each wrapper prefix, and un-fused where it is a fused name (then all its parts must be
+    covered). Raises `FactError` for a `re:` pattern that is broken or could take for ever.
+    """
+    return matcher(method, tuple(patterns))(name)
+
+
+def excluded(method: str, patterns: Sequence[str], names: Iterable[str]) -> Excluded:
+    """Say whether a list covers all, none or some (`partly`) of a group of modules; an empty group is not covered."""
+    test = matcher(method, tuple(patterns))
+    found = {test(name) for name in names}
+    return "partly" if len(found) == 2 else found == {True}
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """The names that one module goes by, its own first: with and without each wrapper prefix."""
+    bare = name
+    for wrapper in WRAPPERS:
+        if wrapper and name.startswith(wrapper):
+            bare = name[len(wrapper) :]
+            break
+    return tuple(dict.fromkeys((name, *(wrapper + bare for wrapper in WRAPPERS))))
+
+
+def unfused(name: str) -> tuple[str, ...]:
+    """The parts of a fused module's name; the name alone if it is not fused."""
+    parent, dot, last = name.rpartition(".")
+    return tuple(parent + dot + part for part in FUSED.get(last, (last,)))
+
+
+@lru_cache(maxsize=256)
+def matcher(method: str, patterns: tuple[str, ...]) -> Test:
+    """Compile a list for many questions; see `covers`."""
+    rule = METHODS.get(canonical_method(method), _segments)(patterns)
+
+    def one(name: str) -> bool:
+        return any(map(rule, spellings(name)))
+
+    def test(name: str) -> bool:
+        parts = unfused(name)
+        return one(name) or (len(parts) > 1 and all(map(one, parts)))
+
+    return test
+
+
+def canonical_method(method: str) -> str:
+    """`quant.method` as the tables have it: lower case, dashes, one name for all kinds of ModelOpt."""
+    method = method.lower().replace("_", "-")
+    return "modelopt" if method.startswith("modelopt") else method
+
+
+def _compressed_tensors(patterns: Sequence[str]) -> Test:
+    """`re:` is a prefix match (`re.match`), the rest are whole names, ends of names, or the class `Linear`.
+
+    `_match_name` and `_match_class` in compressed_tensors/utils/match.py (0.12) and `should_ignore_layer` in vLLM's
+    compressed_tensors/utils.py; SGLang's takes the end of a dotted name too.
+    """
+    regexes = _regexes(patterns)
+    plain = frozenset(p for p in patterns if not p.startswith("re:"))
+    everything = "Linear" in plain
+
+    def test(name: str) -> bool:
+        return everything or any(r.match(name) for r in regexes) or any(end in plain for end in _ends(name))
+
+    return test
+
+
+def _quark(patterns: Sequence[str]) -> Test:
+    """`re:` is a prefix match, the rest are whole names or globs over the whole name, in which `*` crosses dots.
+
+    `should_ignore_layer` in vLLM's quark/utils.py (exact or `re.match`); Quark itself writes and reads globs with
+    fnmatch (`layer_quant_config` in vLLM's quark.py is read so as well).
+    """
+    regexes = _regexes(patterns)
+    plain, globs = _plain_and_globs(patterns)
+    whole = _any_glob(globs)
+
+    def test(name: str) -> bool:
+        return name in plain or any(r.match(name) for r in regexes) or whole(name)
+
+    return test
+
+
+def _modelopt(patterns: Sequence[str]) -> Test:
+    """Globs in which `*` crosses dots, matched with the whole name or with one dotted part of it.
+
+    ModelOpt's export writes names and `prefix*` (modelopt/torch/export/quant_utils.py); `is_layer_excluded` in
+    SGLang's modelopt_quant.py reads them with fullmatch, on the parts too, `language_model.` stripped.
+    `layers.1*` therefore covers layer 10 too: who writes it means that, or writes `layers.1.*`.
+    """
+    plain, globs = _plain_and_globs(patterns)
+    whole, part = _any_glob(globs), _any_glob([g for g in globs if "." not in g])
+
+    def test(name: str) -> bool:
+        parts = name.split(".")
+        return name in plain or not plain.isdisjoint(parts) or whole(name) or any(map(part, parts))
+
+    return test
+
+
+def _segments(patterns: Sequence[str]) -> Test:
+    """A run of dotted segments, each a name or a glob of one segment, found anywhere in the name.
+
+    `_module_path_match` of SGLang's `is_layer_skipped` (PR 23467: `mlp.gate` is not `mlp.gate_up_proj`), and what
+    transformers' lists of `modules_to_not_convert` mean (`should_convert_module` in quantizers_utils.py).
+    """
+    regexes = _regexes(patterns)
+    written = [p.strip(".").split(".") for p in patterns if not p.startswith("re:") and p.strip(".")]
+    plain = frozenset(tuple(p) for p in written if not any(map(_WILD.search, p)))
+    lengths = sorted({len(p) for p in plain})
+    globs = [[_glob_regex(s) for s in p] for p in written if any(map(_WILD.search, p))]
+
+    def test(name: str) -> bool:
+        segments = name.split(".")
+        for length in lengths:
+            if any(tuple(segments[i : i + length]) in plain for i in range(len(segments) - length + 1)):
+                return True
+        if any(r.match(name) for r in regexes):
+            return True
+        return any(
+            all(g.match(s) for g, s in zip(glob_, segments[i:], strict=False))
+            for glob_ in globs
+            for i in range(len(segments) - len(glob_) + 1)
+        )
+
+    return test
+
+
+METHODS: dict[str, Callable[[Sequence[str]], Test]] = {
+    "compressed-tensors": _compressed_tensors,
+    "quark": _quark,
+    "modelopt": _modelopt,
+    "fp8": _segments,
+    "mxfp4": _segments,
+}
+"""How each quantizer reads its list; every other method's list is transformers' `modules_to_not_convert`."""
+
+
+def first_match(method: str, patterns: Iterable[str], names: Iterable[str]) -> str | None:
+    """The first of `patterns` that covers one of `names`: for a table of schemes whose keys are patterns."""
+    names = tuple(names)
+    return next((p for p in patterns if any(map(matcher(method, (p,)), names))), None)
+
+
+def glob(pattern: str) -> Test:
+    """Compile the rules' `matches`: `*` stands for anything within one dotted segment, `**` for anything at all.
+
+    Raises `ValueError` for a pattern that is too long or has too many stars.
+    """
+    if len(pattern) > MAX_PATTERN or len(re.findall(r"\*+", pattern)) > MAX_OPTIONAL:
+        raise ValueError(f"`{pattern[:60]}` is too long or has more than {MAX_OPTIONAL} stars; use simpler globs")
+    parts = re.split(r"(\*+)", pattern)
+    text = "".join({0: "", 1: r"[^.]*"}.get(len(p), ".*") if p.strip("*") == "" else re.escape(p) for p in parts)
+    compiled = re.compile(text, re.DOTALL)
+    return lambda name: compiled.fullmatch(name) is not None
+
+
+def _ends(name: str) -> Iterable[str]:
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
+
+
+def _plain_and_globs(patterns: Sequence[str]) -> tuple[frozenset[str], list[str]]:
+    written = [p for p in patterns if not p.startswith("re:")]
+    return frozenset(p for p in written if not _WILD.search(p)), [p for p in written if _WILD.search(p)]
+
+
+def _any_glob(globs: Sequence[str]) -> Test:
+    """Whether one of some globs matches a whole text; as one expression, for lists have hundreds of them."""
+    if not globs:
+        return lambda text: False
+    compiled = re.compile("|".join(_glob_regex(g).pattern for g in globs))
+    return lambda text: compiled.match(text) is not None
+
+
+@lru_cache(maxsize=4096)
+def _glob_regex(pattern: str) -> re.Pattern[str]:
+    if len(pattern) > MAX_PATTERN:
+        raise FactError(f"pattern `{pattern[:60]}…` has {len(pattern)} characters, more than {MAX_PATTERN}")
+    try:
+        # fnmatch translates to atomic groups, so that many stars cost no backtracking.
+        return re.compile(fnmatch.translate(pattern))
+    except re.error as error:
+        raise FactError(f"pattern `{pattern}` is no glob: {error}; correct the list") from None
+
+
+def _regexes(patterns: Sequence[str]) -> list[re.Pattern[str]]:
+    return [_safe_regex(p.removeprefix("re:")) for p in patterns if p.startswith("re:")]
+
+
+@lru_cache(maxsize=4096)
+def _safe_regex(text: str) -> re.Pattern[str]:
+    """Compile a pattern from a config.json, which anybody may have written; raises `FactError`."""
+    if len(text) > MAX_PATTERN:
+        raise FactError(f"pattern `re:{text[:60]}…` has {len(text)} characters, more than {MAX_PATTERN}; shorten it")
+    problem = _costly(text)
+    if problem:
+        raise FactError(f"pattern `re:{text}` could take for ever: {problem}; write it without")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about a syntax that Python may have one day
+            return re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise FactError(f"pattern `re:{text}` is no regular expression: {error}; correct the list") from None
+
+
+def _costly(text: str) -> str:
+    """Say what makes a pattern's cost explode: a repeat of something that repeats or chooses, or many repeats."""
+    plain = re.sub(r"\\.", "x", text, flags=re.DOTALL)
+    plain = re.sub(r"\[\^?\]?[^\]]*\]", "x", plain)
+    plain = re.sub(r"\(\?(?:[:=!]|<[=!]|P<\w+>|[a-z]+\)?)", "(", plain)
+    unbounded = optional = 0
+    varied = [False]  # for each open group: does it repeat or choose within?
+    closed_varied = False
+    for position, character in enumerate(plain):
+        repeats = character in "*+" or (character == "{" and re.match(r"\{\d*,?\d*\}", plain[position:]) is not None)
+        after_quantifier = position > 0 and plain[position - 1] in "*+?}"
+        if character == "(":
+            varied.append(False)
+        elif character == ")" and len(varied) > 1:
+            inner = varied.pop()
+            closed_varied = inner
+            varied[-1] = varied[-1] or inner
+        elif character == "|":
+            varied[-1] = True
+        elif character == "?" and not after_quantifier:
+            optional += 1
+            varied[-1] = True
+        elif repeats and not after_quantifier:
+            if position > 0 and plain[position - 1] == ")" and closed_varied:
+                return "a repeat within a repeat, or of alternatives"
+            unbounded += 1
+            varied[-1] = True
+    if unbounded > MAX_REPEATS or optional > MAX_OPTIONAL:
+        return f"more than {MAX_REPEATS} repeats or {MAX_OPTIONAL} optional parts"
+    return ""

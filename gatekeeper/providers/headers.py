@@ -1,0 +1,202 @@
+"""Safetensors headers to the storage of each MoE layer's experts; they beat the config, contradictions are errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from gatekeeper.checkpoint import Index, TensorInfo
+from gatekeeper.errors import FactError
+from gatekeeper.facts import Catalogue
+from gatekeeper.families import Family, MoeTensors, find_moe_layers
+from gatekeeper.formats import Format, Storage, recognise
+from gatekeeper.providers.config import ConfigFile, settled
+from gatekeeper.providers.quantization import LayerReader
+from gatekeeper.values import ABSENT, UNKNOWN, Reading, Readings, Values
+
+Expert = Mapping[str, Mapping[str, TensorInfo]]
+Layer = dict[str, Reading]
+
+
+def read_headers(
+    index: Index,
+    config: ConfigFile,
+    readings: Readings,
+    catalogue: Catalogue,
+    family: Family | None,
+    formats: Sequence[Format],
+) -> tuple[list[Layer] | None, str]:
+    """Facts of every MoE layer whose experts are in the headers; None and a note where no name is understood.
+
+    `readings` are the facts of `read_config` and `read_quantization`. Raises `FactError` where the headers contradict
+    the config: a module that the exclude list covers is quantized or the reverse, or a layer with experts is said to
+    have none or the reverse.
+    """
+    values = settled(catalogue, readings)
+    if family is None:
+        if values.get("model.n_routed_experts", UNKNOWN) in (ABSENT, 0):
+            return [], "the model has no routed experts"
+        return None, "no family knows this architecture"
+    found = find_moe_layers(index, family, values)
+    numbers = family.layer_numbers(values)
+    if not found:
+        if numbers == []:
+            return [], f"family `{family.name}` has no layer with experts here"
+        return None, f"no tensor has a name of an expert of family `{family.name}`"
+    _same_layers(found, numbers, config, family)
+    reader = LayerReader(config=config, family=family, formats=formats, values=values)
+    recognised = _Recogniser(formats, family, values)
+    return [_layer(one, reader, recognised, config) for one in found], ""
+
+
+def _same_layers(
+    found: Sequence[MoeTensors], numbers: Sequence[tuple[str, int, int]] | None, config: ConfigFile, family: Family
+) -> None:
+    if numbers is None:
+        return
+    announced = {index for role, index, _ in numbers if role == "main"}
+    stored = {layer.index: layer for layer in found if layer.role == "main"}
+    for index in sorted(announced ^ stored.keys()):
+        if index in stored:
+            witness = _witness(stored[index].routed or (stored[index].stacked,))
+            raise FactError(
+                f"layer {index} has experts ({witness}), but none by {config.name} and {family.witness}; correct either"
+            )
+        raise FactError(
+            f"layer {index} should have experts by {config.name} and {family.witness}, but the headers have none of "
+            "them; download the checkpoint again"
+        )
+
+
+def _witness(experts: Sequence[Expert]) -> str:
+    first = next((e for e in experts if e), {})
+    info = next((info for tensors in first.values() for info in tensors.values()), None)
+    return f"{info.shard}: {info.name}" if info else "headers"
+
+
+def _layer(one: MoeTensors, reader: LayerReader, recognised: _Recogniser, config: ConfigFile) -> Layer:
+    names = reader.family.names
+    witness = _witness(one.routed or (one.stacked,))
+    experts = range(len(one.routed)) if len(reader.experts) > len(one.routed) else reader.experts
+    layer: Layer = {
+        "layer.index": Reading(one.index, witness),
+        "layer.name": Reading(one.name, witness),
+        "layer.role": Reading(one.role, witness),
+        **reader.group("routed", names.routed_modules(one.name, experts), names.stacked_module(one.name)),
+        **reader.group("shared", names.shared_modules(one.name) if one.shared else ()),
+    }
+    stored = {"routed": recognised.stacked(one) if one.stacked and not one.routed else recognised.routed(one)}
+    if one.shared:
+        stored["shared"] = recognised.shared(one)
+    for kind, reading in stored.items():
+        name = f"layer.{kind}_storage"
+        announced = layer[name]
+        _agree(one, kind, reading, announced, layer[f"layer.{kind}_excluded"], recognised)
+        layer[name] = reading
+    return layer
+
+
+def _agree(
+    layer: MoeTensors, kind: str, stored: Reading, announced: Reading, out: Reading, recognised: _Recogniser
+) -> None:
+    """Refuse a layer whose headers and config can't both be true: quantized in one, plain in the other."""
+
+    def is_plain(reading: Reading) -> bool | None:
+        name = reading.value.get("format") if isinstance(reading.value, Mapping) else None
+        return None if name is None else name in recognised.plain
+
+    in_headers, in_config = is_plain(stored), is_plain(announced)
+    if in_headers is None or in_config is None or in_headers == in_config:
+        return
+    said = {"true": "excludes it from quantization", "false": "does not exclude it", "partly": "excludes part of it"}
+    raise FactError(
+        f"layer {layer.index}, {kind} experts: {stored.witness} is {_format(stored)}, but {out.witness} "
+        f"{said[str(out.value).lower()]} ({_format(announced)}); one of the two is of another checkpoint"
+    )
+
+
+def _format(reading: Reading) -> str:
+    return str(reading.value["format"]) if isinstance(reading.value, Mapping) else "unknown"
+
+
+class _Recogniser:
+    """Storage of groups of experts; layers repeat each other, so each kind of tensors is looked at once."""
+
+    def __init__(self, formats: Sequence[Format], family: Family, values: Values) -> None:
+        self.formats, self.family = formats, family
+        self.plain = frozenset(one.name for one in formats if not one.quantized)
+        slots = values.get("model.n_shared_experts", UNKNOWN)
+        self.slots = slots if isinstance(slots, int) and slots > 0 else 1
+        self._seen: dict[object, tuple[Storage | None, str]] = {}
+
+    def _storage(self, expert: Expert, slots: int = 1) -> tuple[Storage | None, str]:
+        whole = {projection: expert.get(projection, {}) for projection in self.family.names.projections}
+        key = (slots, *((p, s, t.dtype, t.shape) for p, tensors in whole.items() for s, t in sorted(tensors.items())))
+        if key not in self._seen:
+            self._seen[key] = recognise(self.formats, whole, slots)
+        return self._seen[key]
+
+    def routed(self, layer: MoeTensors) -> Reading:
+        """One storage for all routed experts; absent where they differ, unknown where one isn't recognised."""
+        groups: dict[Storage, list[int]] = {}
+        for number, expert in enumerate(layer.routed):
+            storage, reason = self._storage(expert)
+            if storage is None:
+                what = reason if expert else "no tensors at all"
+                return Reading(UNKNOWN, _witness((expert, *layer.routed)), f"routed expert {number}: {what}")
+            groups.setdefault(storage, []).append(number)
+        witness = _witness(layer.routed)
+        if len(groups) > 1:
+            listed = "; ".join(
+                f"{len(numbers)} are {storage.format}, from expert {numbers[0]} on"
+                for storage, numbers in groups.items()
+            )
+            return Reading(ABSENT, witness, f"routed experts of one layer differ: {listed}")
+        return Reading(next(iter(groups)).record(), witness)
+
+    def shared(self, layer: MoeTensors) -> Reading:
+        """The shared expert's storage, its width for each slot."""
+        assert layer.shared is not None
+        storage, reason = self._storage(layer.shared, self.slots)
+        witness = _witness((layer.shared,))
+        if storage is None:
+            return Reading(UNKNOWN, witness, f"shared expert: {reason}")
+        return Reading(storage.record(), witness)
+
+    def stacked(self, layer: MoeTensors) -> Reading:
+        """The storage of experts that are stacked in one tensor, as if each had tensors of its own."""
+        witness = _witness((layer.stacked,))
+        sliced = _slice(layer.stacked, self.family.names.stacked or {})
+        if sliced is None:
+            return Reading(UNKNOWN, witness, "these stacked experts can't be taken apart")
+        storage, reason = self._storage(sliced)
+        if storage is None:
+            return Reading(UNKNOWN, witness, f"stacked experts: {reason}")
+        return Reading(storage.record(), witness)
+
+
+def _slice(stacked: Expert, layout: Mapping[str, object]) -> Expert | None:
+    """Shapes of one expert's gate, up and down, from `(E, 2F, D)` and `(E, D, F)`; their bytes are the whole stack's.
+
+    Interleaved gate and up rows have these shapes too; transposed stacks are `(E, D, 2F)` and `(E, F, D)`.
+    """
+
+    def one(info: TensorInfo, halve: bool) -> TensorInfo | None:
+        if len(info.shape) not in (2, 3) or (halve and len(info.shape) == 2):
+            return None
+        shape = info.shape[1:]
+        if layout.get("transposed") and len(shape) == 2:
+            shape = shape[::-1]
+        if halve and shape[0] % 2:
+            return None
+        return replace(info, shape=(shape[0] // 2, *shape[1:]) if halve else shape)
+
+    result: dict[str, dict[str, TensorInfo]] = {"gate": {}, "up": {}, "down": {}}
+    for kind, tensors in stacked.items():
+        for suffix, info in tensors.items():
+            sliced = one(info, kind == "gate_up")
+            if sliced is None:
+                return None
+            for projection in ("gate", "up") if kind == "gate_up" else (kind,):
+                result[projection][suffix] = sliced
+    return result

@@ -1,0 +1,254 @@
+"""The `moe-loader` command: plan, load and make-checkpoint; answers to stdout, events and errors to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from gatekeeper import (
+    Decisions,
+    Facts,
+    GatekeeperError,
+    RuleSet,
+    Runner,
+    decide,
+    join,
+    load_rules,
+    open_target,
+    runners_of,
+)
+
+BAD_NEWS, INCOMPLETE = 1, 3
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="model-gatekeeper")
+def group() -> None:
+    """Load MoE layers as the gatekeeper decides, strictly.
+
+    Exit codes: 0 done and fine, 1 bad news (a refusal, a misfit, a mismatch, a torn file), 2 wrong usage,
+    3 incomplete (a decision is pending under --strict).
+    """
+
+
+def target_options(command: F) -> F:
+    """Add the options that say what CHECKPOINT is loaded on and by which rules."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+        click.option("--strict", is_flag=True, help="Exit 3 where a decision is pending."),
+        click.option(
+            "--rules", "rules_folder", metavar="DIR", type=click.Path(path_type=Path), help="Use this rule set."
+        ),
+        click.option("--runner", type=click.Choice(["target", "draft"]), help="Only this runner."),
+        click.option(
+            "--set", "settings", metavar="FACT=VALUE", multiple=True, help="A fact that CHECKPOINT does not tell."
+        ),
+        click.option("--platform", metavar="NAME|here", help="A preset of platforms.yaml, or this machine."),
+        click.argument("checkpoint"),
+    ):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What one command works on."""
+
+    checkpoint: str
+    rules: RuleSet
+    platform: str | None
+    settings: dict[str, Any]
+    runner: Runner | None
+
+    def decided(self) -> Iterator[tuple[Facts, Decisions]]:
+        """Facts and decisions of each runner, target first."""
+        checkpoint = open_target(self.checkpoint, self.rules)
+        for runner in [self.runner] if self.runner else runners_of(checkpoint):
+            facts = join(checkpoint, runner=runner, platform=self.platform, settings=self.settings, rules=self.rules)
+            yield facts, decide(self.rules, facts)
+
+
+def _target(
+    checkpoint: str, platform: str | None, settings: tuple[str, ...], runner: Runner | None, rules_folder: Path | None
+) -> Target:
+    _set_up_logging()
+    rules = load_rules() if rules_folder is None else load_rules(rules_folder)
+    return Target(checkpoint=checkpoint, rules=rules, platform=platform, settings=_settings(settings), runner=runner)
+
+
+@group.command("plan", short_help="Show which tensor goes to which slot, and the bytes.")
+@target_options
+@click.option("--tensors", is_flag=True, help="List every placement, too.")
+@click.pass_context
+def plan_command(
+    context: click.Context,
+    checkpoint: str,
+    platform: str | None,
+    settings: tuple[str, ...],
+    runner: Runner | None,
+    rules_folder: Path | None,
+    strict: bool,
+    as_json: bool,
+    tensors: bool,
+) -> None:
+    """Decide and plan, reading nothing but headers."""
+    from loader.load import prepare
+
+    target = _target(checkpoint, platform, settings, runner, rules_folder)
+    answers: list[dict[str, Any]] = []
+    pending = False
+    for facts, decisions in target.decided():
+        pending |= _is_pending(decisions)
+        prepared = prepare(checkpoint, decisions, target.rules, facts)
+        if as_json:
+            answers.append(_answer(facts.runner, decisions) | {"plan": prepared.plan.as_json(tensors=tensors)})
+            continue
+        _say(decisions, prepared.plan.lines())
+        if tensors:
+            for p in prepared.plan.placements:
+                slot = p.param if p.expert is None else f"{p.param}[{p.expert}]"
+                click.echo(f"  {slot} rows {p.rows[0]}:{p.rows[1]} <- {p.key}" + (f" {p.source}" if p.source else ""))
+    if as_json:
+        _print_json({"checkpoint": checkpoint, "runners": answers})
+    context.exit(INCOMPLETE if strict and pending else 0)
+
+
+@group.command("load", short_help="Load the layers, and compare them with the checkpoint.")
+@target_options
+@click.option("--device", default="cpu", show_default=True, help="Where the layers go: cpu, cuda, cuda:1.")
+@click.option("--verify", "verifies", is_flag=True, help="Compare each layer's output with the checkpoint's.")
+@click.pass_context
+def load_command(
+    context: click.Context,
+    checkpoint: str,
+    platform: str | None,
+    settings: tuple[str, ...],
+    runner: Runner | None,
+    rules_folder: Path | None,
+    strict: bool,
+    as_json: bool,
+    device: str,
+    verifies: bool,
+) -> None:
+    """Decide, plan and load; exit 1 with every reason if a slot or a tensor is left over."""
+    from loader.build import build
+    from loader.load import prepare
+    from loader.verify import verify
+
+    target = _target(checkpoint, platform, settings, runner, rules_folder)
+    answers: list[dict[str, Any]] = []
+    pending = False
+    for facts, decisions in target.decided():
+        pending |= _is_pending(decisions)
+        prepared = prepare(checkpoint, decisions, target.rules, facts)
+        layers = build(prepared.plan, prepared.index, device)
+        found = verify(layers, prepared.plan, prepared.index, prepared.tensors) if verifies else ()
+        if as_json:
+            answer = _answer(facts.runner, decisions) | {"plan": prepared.plan.as_json(), "device": device}
+            answers.append(answer | {"verified": [asdict(one) for one in found] if verifies else None})
+            continue
+        _say(decisions, prepared.plan.lines())
+        click.echo(f"  loaded {len(layers)} layers on {device}: every slot written once, every tensor used once")
+        if found:
+            worst = max(found, key=lambda one: one.figure / one.tolerance)
+            click.echo(
+                f"  verified {len(found)} layers against the checkpoint: at most {worst.figure:.1e} off "
+                f"(layer {worst.index}; allowed {worst.tolerance:.1e})"
+            )
+    if as_json:
+        _print_json({"checkpoint": checkpoint, "runners": answers})
+    context.exit(INCOMPLETE if strict and pending else 0)
+
+
+@group.command("make-checkpoint", short_help="Write a tiny checkpoint that looks like a real one.")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--family", required=True, metavar="NAME", help="kimi_k25, kimi_k2, deepseek_v3, deepseek_v2, …")
+@click.option(
+    "--format", "format_name", required=True, metavar="NAME", help="Storage of routed experts: bf16, int4_g32, mxfp4, …"
+)
+@click.option(
+    "--shared-format", metavar="NAME", help="Storage of shared experts; default: as releases in FORMAT have it."
+)
+@click.option("--layers", default=3, show_default=True, help="Decoder layers, the first one dense.")
+@click.option("--experts", type=int, help="Routed experts; default: the family's, which gates ask for.")
+@click.option("--hidden", default=64, show_default=True, help="Hidden size, a multiple of 32.")
+@click.option("--width", default=32, show_default=True, help="Width of an expert, a multiple of 32.")
+@click.option("--seed", default=0, show_default=True, help="The same seed makes the same bytes.")
+def make_checkpoint_command(out: Path, **options: Any) -> None:
+    """Write OUT, a new folder: real names, packing, exclude lists and config keys, tiny widths."""
+    from loader.make_checkpoint import Recipe, make_checkpoint
+    from loader.text import human
+
+    make_checkpoint(out, Recipe(**options))
+    files = [path for path in out.iterdir() if path.is_file()]
+    click.echo(f"wrote {out}: {len(files)} files, {human(sum(path.stat().st_size for path in files))}")
+
+
+def main() -> None:
+    """Run the command line; an error of ours is a message on stderr and exit code 1, never a traceback."""
+    try:
+        group(prog_name="moe-loader")
+    except GatekeeperError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(BAD_NEWS)
+
+
+def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
+    from gatekeeper import parse_scalar
+
+    result: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise click.UsageError(f"--set takes FACT=VALUE, such as parallel.tp_size=8; not `{setting}`")
+        if name in result:
+            raise click.UsageError(f"--set {name} is given twice")
+        result[name] = parse_scalar(value, f"--set {name}")
+    return result
+
+
+def _is_pending(decisions: Decisions) -> bool:
+    states = [decision.state for decision in decisions.values()]
+    states += [layer.state for decision in decisions.values() for layer in decision.layers or ()]
+    return "pending" in states
+
+
+def _answer(runner: str, decisions: Decisions) -> dict[str, Any]:
+    return {"runner": runner, "decisions": [decision.to_json() for decision in decisions.values()]}
+
+
+def _say(decisions: Decisions, lines: Iterator[str]) -> None:
+    click.echo(next(lines))
+    for decision in decisions.values():
+        by = f" ({decision.decided_by})" if decision.decided_by else ""
+        state = decision.option if decision.state == "on" and decision.option else decision.state
+        click.echo(f"  {decision.feature}: {state}{by}" + (f" {decision.reason}" if decision.reason else ""))
+    for line in lines:
+        click.echo(line)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _set_up_logging() -> None:
+    """Events go to stderr: a person sees warnings and errors, a program every event as a line of JSON."""
+    import structlog
+
+    pretty = sys.stderr.isatty()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(30 if pretty else 20),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )

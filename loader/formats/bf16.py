@@ -1,0 +1,29 @@
+"""Unquantized weights: one tensor ``weight`` of ``(out, in)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loader.formats.base import MLP_ROUNDINGS, Part
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A floating-point dtype that needs no arithmetic at all."""
+
+    name: str
+    parts: tuple[Part, ...]
+    shape_suffix: None = None
+    column_multiple: int = 1
+    roundings: int = MLP_ROUNDINGS
+
+    def dequantize(self, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight itself, cast to `dtype`."""
+        return stored["weight"].to(dtype)
+
+
+FORMAT = Dense("bf16", (Part(suffix="weight", dtype=torch.bfloat16),))

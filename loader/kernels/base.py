@@ -1,0 +1,25 @@
+"""The one signature of all kernels.
+
+Shapes: T tokens, D hidden size, F intermediate size of a slot, K slots of a token, U experts asked for at once.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class ExpertWeights(Protocol):
+    """Where a kernel gets weights from: stacked and packed, dequantized for the experts it asks for."""
+
+    def dequantize(self, experts_U: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``w13_U2FD`` (gate rows, then up rows) and ``w2_UDF`` of the experts with these ids."""
+
+
+class Kernel(Protocol):
+    """Computes all slots of all tokens."""
+
+    def __call__(self, x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor, weights: ExpertWeights) -> Tensor:
+        """Sum over K of weight times expert, ``(T, D)`` in float32, which is also the dtype of the sum."""

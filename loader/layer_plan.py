@@ -1,0 +1,353 @@
+"""Plan one MoE layer: by the storage of its routed experts, every tensor to its slot, every misfit a fault."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gatekeeper import Family, Index, MoeTensors, TensorInfo
+from loader.checkpoint import DTYPES, dtype_name
+from loader.errors import Code, PlanFault
+from loader.formats import FORMATS, Part, StraddleError, WeightFormat
+from loader.formats.base import Span
+from loader.plan import LayerPlan, ParamSpec, Placement, ShapeNote
+
+Projection = Mapping[str, TensorInfo]
+"""Parts of one projection by suffix."""
+GATE, UP, DOWN = "gate", "up", "down"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Widths:
+    """Sizes of a layer according to config.json."""
+
+    hidden_size: int
+    """D: 7168"""
+    width: int
+    """F: 2048"""
+    n_routed: int
+    """E: 384"""
+    n_shared: int
+    """S, in slots: 1; 0 where there is no shared expert."""
+    shared_width: int
+    """Width of the shared MLP: S * F, unless config.json says otherwise."""
+
+
+def plan_layer(
+    index: Index,
+    family: Family,
+    layer: MoeTensors,
+    widths: Widths,
+    *,
+    fused_slots: int,
+    router_bias: bool,
+    backend: str,
+) -> tuple[LayerPlan | None, list[PlanFault]]:
+    """The plan of `layer` with `fused_slots` shared experts in slots (0: on their own), and all that is wrong with it.
+
+    None where not even the format of the routed experts can be told.
+    """
+    return _LayerPlanner(index, family, layer, widths, fused_slots, router_bias, backend).plan()
+
+
+class _LayerPlanner:
+    def __init__(
+        self,
+        index: Index,
+        family: Family,
+        layer: MoeTensors,
+        widths: Widths,
+        fused_slots: int,
+        router_bias: bool,
+        backend: str,
+    ) -> None:
+        self.index, self.family, self.layer, self.w = index, family, layer, widths
+        self.fused_slots, self.router_bias, self.backend = fused_slots, router_bias, backend
+        self.faults: list[PlanFault] = []
+        self.placements: list[Placement] = []
+        self.notes: list[ShapeNote] = []
+        self.params: list[ParamSpec] = []
+        self.claimed: set[str] = set()
+        # weight_shape is no weight: some writers leave it out, but then everywhere.
+        self.has_notes = any("weight_shape" in p for expert in layer.routed for p in expert.values())
+        self.filled: dict[tuple[str, int | None, Span], str] = {}
+
+    def plan(self) -> tuple[LayerPlan | None, list[PlanFault]]:
+        routed = match_format(p for expert in self.layer.routed for p in expert.values())
+        if routed is None:
+            return None, [self._no_format("routed", self._first_routed())]
+        self._router()
+        n_slots = self.w.n_routed + self.fused_slots
+        self._stack("experts", routed, n_slots, self.w.width)
+        for expert in range(max(self.w.n_routed, len(self.layer.routed))):
+            self._routed(routed, expert, n_slots)
+        shared = self._shared(routed)
+        self._unclaimed()
+        plan = LayerPlan(
+            index=self.layer.index,
+            name=self.layer.name,
+            role=self.layer.role,
+            backend=self.backend,
+            format=routed.name,
+            shared="slot" if self.fused_slots else "separate" if shared else "none",
+            shared_format=shared.name if shared else None,
+            n_routed=self.w.n_routed,
+            n_shared=self.w.n_shared,
+            hidden_size=self.w.hidden_size,
+            width=self.w.width,
+            shared_width=self.w.shared_width,
+            router_bias=self.router_bias,
+            shared_gate=self.layer.shared_gate is not None,
+            params=tuple(self.params),
+            placements=tuple(self.placements),
+            notes=tuple(self.notes),
+        )
+        return plan, self.faults
+
+    # -- what is there ------------------------------------------------------------------------------------------
+
+    def _router(self) -> None:
+        d, e, names = self.w.hidden_size, self.w.n_routed, self.family.names
+        self._whole("router.weight", self.layer.router, f"{self.layer.name}.{names.router}", (e, d))
+        if self.router_bias:
+            fallback = f"{self.layer.name}.{names.router_bias}"
+            self._whole("router.e_score_correction_bias", self.layer.router_bias, fallback, (e,))
+        if self.layer.shared_gate is not None:
+            self._whole("shared_gate.weight", self.layer.shared_gate, "", (1, d))
+
+    def _whole(self, name: str, info: TensorInfo | None, fallback: str, shape: tuple[int, ...]) -> None:
+        """A parameter that one tensor fills, in whatever floating-point dtype it has."""
+        if info is None:
+            self._fault("missing", fallback, f"{name} is never written: no tensor")
+            return
+        dtype = DTYPES.get(info.dtype)
+        self.claimed.add(info.name)
+        if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
+            self._fault("dtype", info.name, f"{name} must be a float of 16 bits or more, the tensor is {info.dtype}")
+        elif info.shape != shape:
+            self._fault("shape", info.name, f"{name} is {list(shape)}, the tensor {list(info.shape)}")
+        else:
+            param = self._param(name)
+            self.params.append(ParamSpec(name=param, shape=shape, dtype=dtype))
+            self.placements.append(Placement(key=info.name, param=param, expert=None, rows=(0, shape[0])))
+
+    def _stack(self, module: str, weight_format: WeightFormat, n_experts: int, width: int) -> None:
+        d = self.w.hidden_size
+        for part in weight_format.parts:
+            rows, columns = part.shape(width, d)
+            self.params += [
+                ParamSpec(name=self._param(f"{module}.{name}_{part.suffix}"), shape=shape, dtype=part.dtype)
+                for name, shape in (("w13", (n_experts, 2 * rows, columns)), ("w2", (n_experts, *part.shape(d, width))))
+            ]
+
+    def _routed(self, weight_format: WeightFormat, expert: int, n_slots: int) -> None:
+        tensors = self.layer.routed[expert] if expert < len(self.layer.routed) else {}
+        for projection in (GATE, UP, DOWN):
+            found = tensors.get(projection, {})
+            if expert >= n_slots:
+                continue  # left unclaimed: reported as unexpected
+            base = self._base(expert, projection)
+            self._projection(
+                weight_format, "experts", projection, found, base, self.w.width, [(expert, (0, self.w.width))]
+            )
+
+    def _shared(self, routed: WeightFormat) -> WeightFormat | None:
+        """Place the shared expert; its own format where it is on its own."""
+        tensors = self.layer.shared or {}
+        if not self.w.n_shared and not self.fused_slots:
+            return None  # what is there all the same is reported as unexpected
+        if self.fused_slots:
+            f, first = self.w.width, self.w.n_routed
+            slots = [(first + s, (s * f, (s + 1) * f)) for s in range(self.fused_slots)]
+            self._shared_projections(routed, "experts", tensors, self.fused_slots * f, slots)
+            return None
+        weight_format = match_format(tensors.values())
+        if weight_format is None:
+            first_key = next((i.name for p in tensors.values() for i in p.values()), None)
+            if first_key is None:
+                self._fault(
+                    "missing", f"{self._base(None, GATE)}weight", "the shared expert is never written: no tensor"
+                )
+            else:
+                self.faults.append(self._no_format("shared", first_key))
+                self.claimed |= {i.name for p in tensors.values() for i in p.values()}
+            return None
+        self._stack("shared", weight_format, 1, self.w.shared_width)
+        width = self.w.shared_width
+        self._shared_projections(weight_format, "shared", tensors, width, [(0, (0, width))])
+        return weight_format
+
+    def _shared_projections(
+        self,
+        weight_format: WeightFormat,
+        module: str,
+        tensors: Mapping[str, Projection],
+        width: int,
+        slots: Sequence[tuple[int, Span]],
+    ) -> None:
+        for projection in (GATE, UP, DOWN):
+            found = tensors.get(projection, {})
+            base = self._base(None, projection)
+            self._projection(weight_format, module, projection, found, base, width, slots)
+
+    # -- one projection -----------------------------------------------------------------------------------------
+
+    def _projection(
+        self,
+        weight_format: WeightFormat,
+        module: str,
+        projection: str,
+        found: Projection,
+        base: str,
+        width: int,
+        slots: Sequence[tuple[int, Span]],
+    ) -> None:
+        """Place the parts of one projection of an MLP of `width`; each slot takes a span of that width."""
+        d = self.w.hidden_size
+        rows, columns = (d, width) if projection == DOWN else (width, d)
+        if columns % weight_format.column_multiple:
+            self._fault("shape", base, f"{columns} columns are no multiple of {weight_format.column_multiple}")
+            return
+        for part in weight_format.parts:
+            key = f"{base}{part.suffix}"
+            for expert, span in slots:
+                self._place(key, found.get(part.suffix), part, module, projection, expert, span, (rows, columns))
+        if weight_format.shape_suffix is not None and self.has_notes:
+            self._note(f"{base}{weight_format.shape_suffix}", found.get(weight_format.shape_suffix), (rows, columns))
+
+    def _place(
+        self,
+        key: str,
+        info: TensorInfo | None,
+        part: Part,
+        module: str,
+        projection: str,
+        expert: int,
+        span: Span,
+        size: tuple[int, int],
+    ) -> None:
+        name = f"{'w2' if projection == DOWN else 'w13'}_{part.suffix}"
+        slot = f"slot {expert} of {name}" if module == "experts" else f"shared {name}"
+        if info is None:
+            self._fault("missing", key, f"{slot} is never written: no tensor")
+            return
+        self.claimed.add(info.name)
+        rows, columns = size
+        if info.shape != part.shape(rows, columns):
+            wanted = f"{list(part.shape(rows, columns))} {dtype_name(part.dtype)}"
+            self._fault("shape", key, f"{slot} takes {wanted}, the tensor is {list(info.shape)} {_dtype(info)}")
+            return
+        if DTYPES.get(info.dtype) != part.dtype:
+            self._fault(
+                "dtype",
+                key,
+                f"{slot} is {dtype_name(part.dtype)}, the tensor {_dtype(info)}; a copy would cast in silence",
+            )
+            return
+        try:
+            placement = self._placement(info, part, f"{module}.{name}", projection, expert, span, size)
+        except StraddleError as error:
+            self._fault("shape", key, f"{slot} takes {span[0]}:{span[1]} of the intermediate: {error}")
+            return
+        filled = (placement.param, expert, placement.rows)
+        if filled in self.filled:
+            self._fault("doubled", key, f"{slot} is already written by `{self.filled[filled]}`")
+            return
+        self.filled[filled] = key
+        self.placements.append(placement)
+
+    def _placement(
+        self, info: TensorInfo, part: Part, name: str, projection: str, expert: int, span: Span, size: tuple[int, int]
+    ) -> Placement:
+        rows, columns = size
+        stored = part.shape(rows, columns)
+        if projection == DOWN:
+            source, into = ((0, stored[0]), part.stored_columns(span, columns)), (0, stored[0])
+        else:
+            source = (part.stored_rows(span, rows), (0, stored[1]))
+            height = source[0][1] - source[0][0]
+            into = (0, height) if projection == GATE else (height, 2 * height)
+        whole = source == ((0, stored[0]), (0, stored[1]))
+        return Placement(
+            key=info.name, param=self._param(name), expert=expert, rows=into, source=None if whole else source
+        )
+
+    def _note(self, key: str, info: TensorInfo | None, size: tuple[int, int]) -> None:
+        if info is None:
+            self._fault("missing", key, "a shape to compare with: no tensor")
+            return
+        self.claimed.add(info.name)
+        if info.shape != (2,) or info.dtype != "I64":
+            self._fault("shape", key, f"two int64 should be here, the tensor is {list(info.shape)} {_dtype(info)}")
+        else:
+            self.notes.append(ShapeNote(key=key, shape=size))
+
+    # -- names and faults ---------------------------------------------------------------------------------------
+
+    def _unclaimed(self) -> None:
+        inside = f"{self.layer.name}."
+        owned = {i.name for e in self.layer.routed for p in e.values() for i in p.values()}
+        owned |= {i.name for p in (self.layer.shared or {}).values() for i in p.values()}
+        owned |= {i.name for i in (self.layer.router, self.layer.router_bias, self.layer.shared_gate) if i is not None}
+        owned |= {name for name in self.index.tensors if name.startswith(inside)}
+        for name in owned - self.claimed:
+            info = self.index.tensors[name]
+            self._fault("unexpected", name, f"no slot takes this tensor, {list(info.shape)} {_dtype(info)}")
+
+    def _fault(self, code: Code, key: str, problem: str) -> None:
+        self.faults.append(PlanFault(layer=self.layer.index, tensor=key, code=code, problem=problem))
+
+    def _no_format(self, kind: str, key: str) -> PlanFault:
+        base, _, _ = key.rpartition(".")
+        parts = sorted(
+            f"{n.rpartition('.')[2]} {i.dtype}" for n, i in self.index.tensors.items() if n.rpartition(".")[0] == base
+        )
+        problem = (
+            f"{kind} experts are stored as {', '.join(parts) or 'nothing'}; this loader reads {', '.join(FORMATS)}"
+        )
+        return PlanFault(layer=self.layer.index, tensor=key, code="format", problem=problem)
+
+    def _first_routed(self) -> str:
+        names = (i.name for e in self.layer.routed for p in e.values() for i in p.values())
+        return next(names, f"{self.layer.name}.experts")
+
+    def _param(self, name: str) -> str:
+        return f"layers.{self.layer.index}.{name}"
+
+    def _base(self, expert: int | None, projection: str) -> str:
+        """What the tensors of one projection are called up to their suffix; of the shared expert where None."""
+        names = self.family.names
+        word = names.projections[projection]
+        template = names.shared if expert is None else names.routed
+        return f"{self.layer.name}.{template.format(expert=expert, projection=word)}."
+
+
+def _dtype(info: TensorInfo) -> str:
+    dtype = DTYPES.get(info.dtype)
+    return info.dtype if dtype is None else dtype_name(dtype)
+
+
+def match_format(projections: Iterable[Projection]) -> WeightFormat | None:
+    """The loader's format of these projections: the one whose parts most of them have.
+
+    Where parts are missing everywhere, the format that is nearest by at least half, so that the faults can name them.
+    """
+    signatures = Counter(frozenset((suffix, info.dtype) for suffix, info in p.items()) for p in projections if p)
+    if not signatures:
+        return None
+    common = max(signatures, key=lambda s: (signatures[s], sorted(s)))
+    scores = {name: _likeness(common, f) for name, f in FORMATS.items()}
+    best = max(scores.values())
+    names = [name for name, score in scores.items() if score == best]
+    return FORMATS[names[0]] if best >= 0.5 and len(names) == 1 else None
+
+
+def _likeness(signature: frozenset[tuple[str, str]], weight_format: WeightFormat) -> float:
+    words: dict[torch.dtype, str] = {dtype: word for word, dtype in DTYPES.items()}
+    parts = {(part.suffix, words[part.dtype]) for part in weight_format.parts}
+    if weight_format.shape_suffix is not None:
+        parts.add((weight_format.shape_suffix, "I64"))
+    return len(signature & parts) / len(signature | parts)

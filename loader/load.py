@@ -1,0 +1,97 @@
+"""From a checkpoint folder and decisions to layers; every command and the Python API come through here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gatekeeper import (
+    CheckpointError,
+    Decision,
+    Decisions,
+    Facts,
+    Family,
+    Index,
+    MoeTensors,
+    RuleSet,
+    Runner,
+    load_rules,
+    read_facts,
+    read_index,
+)
+from loader.build import build
+from loader.moe import MoELayer
+from loader.obey import require_fresh
+from loader.plan import Plan
+from loader.planner import build_plan, runner_layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A checkpoint and its plan, with nothing read but headers."""
+
+    facts: Facts
+    family: Family
+    index: Index
+    plan: Plan
+
+    @property
+    def tensors(self) -> tuple[MoeTensors, ...]:
+        """The tensors of the plan's layers, for verification."""
+        return runner_layers(self.index, self.family, self.facts)
+
+
+def prepare(
+    folder: Path | str, decisions: Decisions, rules: RuleSet | None = None, facts: Facts | None = None
+) -> Prepared:
+    """Read the headers of `folder`, compare them with what `decisions` rest on, and plan; allocates nothing.
+
+    `rules` is the rule set that knows the family (the shipped one by default). The facts of the checkpoint are read
+    anew; `facts` are those the decisions were made from and give the parallel sizes for the plan's bytes. Raises
+    `RefusedError` (a decision is an error, or asked for and pending), `StaleDecisionError`, `CheckpointError`,
+    `FactError` and `PlanError`.
+    """
+    decisions.require()
+    rules = load_rules() if rules is None else rules
+    fresh = read_facts(folder, runner=_runner(decisions), rules=rules)
+    require_fresh(decisions, fresh)
+    index = read_index(Path(folder))
+    if index is None:
+        raise CheckpointError(f"`{folder}` has no *.safetensors; the loader needs weights, not a config.json alone")
+    family = _family(rules, fresh, folder)
+    plan = build_plan(index, family, facts or fresh, decisions)
+    return Prepared(facts=facts or fresh, family=family, index=index, plan=plan)
+
+
+def load_moe(
+    folder: Path | str, decisions: Decisions, device: torch.device | str = "cpu", rules: RuleSet | None = None
+) -> tuple[MoELayer, ...]:
+    """Load the MoE layers that `decisions.runner` loads from a checkpoint folder, as the decisions say.
+
+    Returns one module a layer, by layer index, in evaluation form: ``layer(x)`` maps ``(..., D)`` to the same shape.
+    Every slot is written exactly once and every expert tensor is used, or it is an error and nothing stays allocated;
+    errors are those of `prepare`, and `BuildError`.
+    """
+    prepared = prepare(folder, decisions, rules)
+    return build(prepared.plan, prepared.index, device)
+
+
+def _runner(decisions: Mapping[str, Decision]) -> Runner:
+    runners = sorted({decision.runner for decision in decisions.values()})
+    if len(runners) > 1:
+        raise CheckpointError(f"decisions of several runners: {', '.join(runners)}; load one runner at a time")
+    return "draft" if runners == ["draft"] else "target"
+
+
+def _family(rules: RuleSet, facts: Facts, folder: Path | str) -> Family:
+    name = facts.values.get("model.family")
+    if isinstance(name, str) and name in rules.families:
+        return rules.families[name]
+    architecture = facts.values.get("model.architecture")
+    known = ", ".join(sorted(rules.families))
+    raise CheckpointError(
+        f"`{folder}`: no family knows the architecture `{architecture}`; there are {known}; add one to rules/families"
+    )

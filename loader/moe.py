@@ -1,0 +1,188 @@
+"""One MoE layer: router, routed experts, and the shared expert in a slot of theirs or on its own. Forward code only.
+
+Shapes: T tokens, D hidden size, F moe_intermediate_size, E routed experts, S shared experts, K top_k, G groups,
+U experts asked for at once. Everything is built on the meta device; weights arrive through a plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loader.formats import WeightFormat, dequantize_stacked
+from loader.kernels import Kernel
+from loader.kernels.eager import expert_mlp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """How a family chooses experts and weighs them."""
+
+    scoring_func: Literal["softmax", "sigmoid"]
+    """Logits to scores: ``sigmoid``."""
+    top_k: int
+    """Routed experts of a token: 8."""
+    n_group: int = 1
+    """Groups that the experts are in: 8; 1 means no groups."""
+    topk_group: int = 1
+    """Groups that a token may choose from: 4."""
+    group_score: Literal["top2_sum", "max"] = "top2_sum"
+    """What a group is worth: ``top2_sum`` with mask -inf (DeepSeek V3), or ``max`` with mask 0.0 (V2)."""
+    norm_topk_prob: bool = True
+    """Whether the chosen weights are divided by their sum."""
+    routed_scaling_factor: float = 1.0
+    """Factor on the routed weights, never on the shared expert: 2.827."""
+    scales_normalised: bool = True
+    """Whether the factor also applies to weights divided by their sum; in DeepSeek V2 it is one or the other."""
+
+
+class Router(nn.Module):
+    """Scores in float32 whatever the dtype of `x`; the bias chooses experts and never weighs them.
+
+    Source: ``MoEGate`` in the modeling files of DeepSeek-V2 and DeepSeek-V3; arXiv 2412.19437, section 2.1.2.
+    """
+
+    e_score_correction_bias: nn.Parameter | None
+
+    def __init__(self, config: RouterConfig, weight_ED: nn.Parameter, bias_E: nn.Parameter | None) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = weight_ED
+        self.register_parameter("e_score_correction_bias", bias_E)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """``topk_weights_TK`` in float32 and ``topk_ids_TK`` in int64."""
+        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        scores_TE = logits_TE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
+        bias_E = self.e_score_correction_bias
+        choice_TE = scores_TE if bias_E is None else scores_TE + bias_E.float()
+        ids_TK = self._limit_to_groups(choice_TE).topk(self.config.top_k, dim=-1).indices
+        weights_TK = scores_TE.gather(1, ids_TK)
+        if self.config.norm_topk_prob:
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+            if not self.config.scales_normalised:
+                return weights_TK, ids_TK
+        return weights_TK * self.config.routed_scaling_factor, ids_TK
+
+    def _limit_to_groups(self, choice_TE: Tensor) -> Tensor:
+        c = self.config
+        if c.n_group == 1:
+            return choice_TE
+        grouped_TGE: Tensor = choice_TE.unflatten(-1, (c.n_group, -1))
+        if c.group_score == "top2_sum":
+            group_TG = grouped_TGE.topk(2, dim=-1).values.sum(dim=-1)
+        else:
+            group_TG = grouped_TGE.amax(dim=-1)
+        best = group_TG.topk(c.topk_group, dim=-1).indices
+        closed_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, best, False)
+        # A biased score may be below 0.0, so that V3's mask has to be -inf; V2's scores are positive.
+        closed_score = float("-inf") if c.group_score == "top2_sum" else 0.0
+        return grouped_TGE.masked_fill(closed_TG.unsqueeze(-1), closed_score).flatten(1)
+
+
+class SharedSlotRouter(nn.Module):
+    """A router whose tokens also go to the `n_shared` slots behind the routed ones, outside all normalisation.
+
+    The routed weights carry routed_scaling_factor already, so the shared weight is 1, or sigmoid(gate(x)) with a gate.
+    """
+
+    def __init__(self, router: Router, n_shared: int, gate: SharedGate | None) -> None:
+        super().__init__()
+        self.router, self.n_shared, self.gate = router, n_shared, gate
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """``topk_weights`` and ``topk_ids``, both ``(T, K + S)``."""
+        weights_TK, ids_TK = self.router(x_TD)
+        first = self.router.weight.shape[0]
+        slots_S = torch.arange(first, first + self.n_shared, device=x_TD.device)
+        one_T1 = torch.ones_like(weights_TK[:, :1]) if self.gate is None else self.gate(x_TD)
+        size = (x_TD.shape[0], self.n_shared)
+        return torch.cat([weights_TK, one_T1.expand(size)], 1), torch.cat([ids_TK, slots_S.expand(size)], 1)
+
+
+class SharedGate(nn.Module):
+    """Qwen2-MoE's weight of the shared expert for each token: ``sigmoid(x @ w)``, ``(T, 1)`` in float32."""
+
+    def __init__(self, weight_1D: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight_1D
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """The weight of each token."""
+        return F.linear(x_TD.float(), self.weight.float()).sigmoid()
+
+
+class Experts(nn.Module):
+    """Stacked experts of one format: ``w13_<part>`` has gate rows, then up rows; ``w2_<part>`` is down."""
+
+    def __init__(
+        self, weight_format: WeightFormat, *, n_experts: int, hidden_size: int, width: int, kernel: Kernel
+    ) -> None:
+        super().__init__()
+        self.weight_format, self.kernel = weight_format, kernel
+        for part in weight_format.parts:
+            rows, columns = part.shape(width, hidden_size)
+            self._declare(f"w13_{part.suffix}", (n_experts, 2 * rows, columns), part.dtype)
+            self._declare(f"w2_{part.suffix}", (n_experts, *part.shape(hidden_size, width)), part.dtype)
+
+    def _declare(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.register_parameter(name, empty_parameter(shape, dtype))
+
+    def dequantize(self, experts_U: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``w13_U2FD`` and ``w2_UDF``; memory holds packed numbers only, apart from what this returns."""
+        suffixes = [part.suffix for part in self.weight_format.parts]
+        w13 = {suffix: getattr(self, f"w13_{suffix}")[experts_U] for suffix in suffixes}
+        w2 = {suffix: getattr(self, f"w2_{suffix}")[experts_U] for suffix in suffixes}
+        return (
+            dequantize_stacked(self.weight_format, w13, dtype, stacked=2),
+            dequantize_stacked(self.weight_format, w2, dtype, stacked=1),
+        )
+
+    def forward(self, x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor) -> Tensor:
+        """Weighted sum over the chosen experts, ``(T, D)`` in float32."""
+        return self.kernel(x_TD, topk_weights_TK, topk_ids_TK, self)
+
+
+class SharedExpert(nn.Module):
+    """A shared expert on its own: one MLP of width ``S * F`` in a stack of one, with its gate where there is one."""
+
+    def __init__(self, experts: Experts, gate: SharedGate | None) -> None:
+        super().__init__()
+        self.experts, self.gate = experts, gate
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """``(T, D)`` in float32."""
+        first = torch.zeros(1, dtype=torch.int64, device=x_TD.device)
+        w13_12FD, w2_1DF = self.experts.dequantize(first, x_TD.dtype)
+        y_TD = expert_mlp(x_TD, w13_12FD[0], w2_1DF[0]).float()
+        return y_TD if self.gate is None else y_TD * self.gate(x_TD)
+
+
+class MoELayer(nn.Module):
+    """Router and experts; `shared` is None where there is no shared expert or where it fills a slot of the stack."""
+
+    def __init__(
+        self, *, index: int, name: str, router: nn.Module, experts: Experts, shared: SharedExpert | None
+    ) -> None:
+        super().__init__()
+        self.index, self.name = index, name
+        self.router, self.experts, self.shared = router, experts, shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., D)`` to the same shape and dtype; the sum over experts is in float32."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        weights_TK, ids_TK = self.router(x_TD)
+        y_TD = self.experts(x_TD, weights_TK, ids_TK)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        y: Tensor = y_TD.to(x.dtype).reshape(x.shape)
+        return y
+
+
+def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    """A parameter on the meta device: it has a shape and no memory."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)

@@ -1,0 +1,106 @@
+"""What decisions ask of the loader, layer by layer; and whether they were made for this checkpoint at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gatekeeper import ABSENT, Decision, Facts
+from loader.errors import StaleDecisionError
+
+FUSION, BACKEND = "shared_experts_fusion", "moe_backend"
+OWN_GROUPS = ("model.", "quant.", "layer.")
+"""Facts that belong to a checkpoint and not to how it is run."""
+
+
+def fused_slots(decisions: Mapping[str, Decision], layer: int) -> int:
+    """How many shared experts of MoE layer `layer` go into slots: 0 unless the decision there is on."""
+    decision = decisions.get(FUSION)
+    if decision is None:
+        return 0
+    if decision.layers is None:
+        return _slots(decision.state, decision.outputs, decision.mode)
+    for one in decision.layers:
+        if one.index == layer:
+            return _slots(one.state, one.outputs, decision.mode)
+    return 0
+
+
+def _slots(state: str, outputs: Mapping[str, Any] | None, mode: str) -> int:
+    # Pending is off, and so is what a shadow decision says, to every consumer.
+    if state != "on" or mode != "enforce":
+        return 0
+    return int((outputs or {})["num_fused_shared_experts"])
+
+
+def backend(decisions: Mapping[str, Decision], layer: int) -> str:
+    """The kernel of MoE layer `layer`: the option decided for, else the eager one, which runs everywhere."""
+    decision = decisions.get(BACKEND)
+    if decision is None or decision.mode != "enforce":
+        return "eager"
+    state, option = decision.state, decision.option
+    for one in decision.layers or ():
+        if one.index == layer:
+            state, option = one.state, one.option
+    return option if state == "on" and option is not None else "eager"
+
+
+def require_fresh(decisions: Mapping[str, Decision], facts: Facts) -> None:
+    """Raise `StaleDecisionError` where a decision rests on checkpoint facts that are not those of `facts`."""
+    layers = {layer["layer.index"]: layer for layer in facts.runner_layer_values or ()}
+    differences: list[str] = []
+    for feature, decision in decisions.items():
+        if decision.runner != facts.runner:
+            differences.append(f"`{feature}` was decided for the {decision.runner}, not for the {facts.runner}")
+        for name, then in decision.facts_used.items():
+            if name.startswith("layer."):
+                differences += _layer_differences(name, then, layers)
+            elif name.startswith(OWN_GROUPS) and name in facts.values:
+                now = _plain(facts.values[name])
+                differences += [] if now == then else [f"`{name}` was {_show(then)}, here it is {_show(now)}"]
+        decided = {one.index for one in decision.layers or () if one.index is not None}
+        if decided and facts.runner_layers is not None and decided != set(layers):
+            differences.append(f"`{feature}` was decided for {len(decided)} MoE layers, here there are {len(layers)}")
+    if differences:
+        unique = list(dict.fromkeys(differences))
+        more = f"; and {len(unique) - 5} more differences" if len(unique) > 5 else ""
+        raise StaleDecisionError(
+            f"decided for another checkpoint: {'; '.join(unique[:5])}{more}; decide again for this one"
+        )
+
+
+def _layer_differences(name: str, then: Mapping[str, Any], layers: Mapping[Any, Mapping[str, Any]]) -> list[str]:
+    found = []
+    for numbers, value in then.items():
+        for index in _numbers(numbers):
+            if index not in layers:
+                found.append(f"`{name}` was {_show(value)} in layer {index}, which is no MoE layer here")
+            elif name in layers[index] and _plain(layers[index][name]) != value:
+                now = _show(_plain(layers[index][name]))
+                found.append(f"`{name}` was {_show(value)} in layer {index}, here it is {now}")
+    return found
+
+
+def _numbers(text: str) -> list[int]:
+    """``1-3, 7`` to 1, 2, 3, 7."""
+    numbers: list[int] = []
+    for run in text.split(", "):
+        first, _, last = run.partition("-")
+        if first.isdecimal():  # layers without a number are counted as -1, -2, …
+            numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def _show(value: Any) -> str:
+    return "none" if value is None else f"`{value}`"
+
+
+def _plain(value: Any) -> Any:
+    """A fact's value as `Decision.facts_used` has it: JSON, absent as None, versions and architectures as text."""
+    if value is ABSENT:
+        return None
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value if isinstance(value, bool | int | float | str) else str(value)

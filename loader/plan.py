@@ -1,0 +1,210 @@
+"""What goes where: a Plan names every slot, the tensor that fills it, and the bytes; it holds no tensor itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from gatekeeper import ranges
+from loader.checkpoint import dtype_name
+from loader.costs import FusionCost, RankBytes
+from loader.formats.base import Span
+from loader.moe import RouterConfig
+from loader.text import human
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """One checkpoint tensor, or a block of it, and the rows of the slot that it fills."""
+
+    key: str
+    """``model.layers.3.mlp.shared_experts.gate_proj.weight``"""
+    param: str
+    """``layers.3.experts.w13_weight``"""
+    expert: int | None
+    """Slot: routed experts first, then the fused shared ones; None for a parameter that is not stacked."""
+    rows: Span
+    """Rows of the slot: gate_proj fills (0, F), up_proj (F, 2 * F), down_proj (0, D), in stored rows."""
+    source: tuple[Span, Span] | None = None
+    """Rows and columns of the tensor, in stored items; None: all of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParamSpec:
+    """A parameter to allocate."""
+
+    name: str
+    """``layers.3.experts.w13_weight_packed``"""
+    shape: tuple[int, ...]
+    """``(385, 4096, 896)``: slots first where it is stacked."""
+    dtype: torch.dtype
+    """As in the checkpoint: ``torch.int32``."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the parameter."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShapeNote:
+    """A tensor whose only content is the shape of a weight (``weight_shape``): compared while building, not kept."""
+
+    key: str
+    """``….experts.0.gate_proj.weight_shape``"""
+    shape: Span
+    """What it must hold: ``(2048, 7168)``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPlan:
+    """One MoE layer."""
+
+    index: int
+    """3"""
+    name: str
+    """``language_model.model.layers.3.mlp``"""
+    role: Literal["main", "mtp"]
+    """``mtp`` for a draft layer."""
+    backend: str
+    """Kernel of the experts: ``eager``."""
+    format: str
+    """Storage of the stacked experts: ``int4_g32``."""
+    shared: Literal["slot", "separate", "none"]
+    """Where the shared expert goes."""
+    shared_format: str | None
+    """Storage of a shared expert on its own: ``bf16``; None where it has none of its own."""
+    n_routed: int
+    """Routed experts E: 384."""
+    n_shared: int
+    """Shared experts S: 1."""
+    hidden_size: int
+    """D: 7168"""
+    width: int
+    """moe_intermediate_size F: 2048."""
+    shared_width: int
+    """Width of the shared MLP, all of its slots together: 2048."""
+    router_bias: bool
+    """Whether the router has a correction bias."""
+    shared_gate: bool
+    """Whether the shared expert has a gate of its own (Qwen2-MoE)."""
+    params: tuple[ParamSpec, ...]
+    """What is allocated."""
+    placements: tuple[Placement, ...]
+    """What fills it; every row of every slot exactly once."""
+    notes: tuple[ShapeNote, ...]
+    """Tensors that are only compared."""
+
+    @property
+    def n_slots(self) -> int:
+        """Experts in the stack: routed ones and fused shared ones."""
+        return self.n_routed + (self.n_shared if self.shared == "slot" else 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the layer on one device that holds all of it."""
+        return sum(param.nbytes for param in self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that a load will do, known before a tensor is read."""
+
+    family: str
+    """``kimi_k25``"""
+    runner: str
+    """``target`` or ``draft``."""
+    router: RouterConfig
+    """How tokens choose experts, the same in all layers."""
+    layers: tuple[LayerPlan, ...]
+    """MoE layers of this runner, by index."""
+    per_rank: RankBytes
+    """Memory of each rank under the facts' tensor and expert parallelism."""
+    fusion: FusionCost
+    """What the shared experts in slots cost and save."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all layers on one device."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def placements(self) -> Iterator[Placement]:
+        """Of all layers, in order."""
+        return (placement for layer in self.layers for placement in layer.placements)
+
+    def as_json(self, *, tensors: bool = False) -> dict[str, Any]:
+        """Plain data for ``--json``; with `tensors`, every placement too."""
+        return {
+            "family": self.family,
+            "runner": self.runner,
+            "bytes": self.nbytes,
+            "bytes_per_rank": self.per_rank.as_json(),
+            "fusion": self.fusion.as_json(),
+            "layers": [_layer_json(layer, tensors) for layer in self.layers],
+        }
+
+    def lines(self) -> Iterator[str]:
+        """For people; layers that are alike share a line."""
+        n = sum(len(layer.placements) for layer in self.layers)
+        yield f"{self.runner}: {len(self.layers)} MoE layers of {self.family}"
+        for text, indices in _alike(self.layers).items():
+            yield f"  layers {ranges(indices)}: {text}"
+        yield f"  {n} placements, {human(self.nbytes)} in all; {self.per_rank.text()}"
+        yield f"  {self.fusion.text()}"
+
+
+def _alike(layers: tuple[LayerPlan, ...]) -> Mapping[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for layer in layers:
+        groups.setdefault(_describe(layer), []).append(layer.index)
+    return groups
+
+
+def _describe(layer: LayerPlan) -> str:
+    last = layer.n_slots - 1
+    where = {
+        "slot": f"shared expert in slot {last}"
+        if layer.n_shared == 1
+        else f"shared experts in slots {layer.n_routed}-{last}",
+        "separate": f"shared expert on its own in {layer.shared_format}",
+        "none": "no shared expert",
+    }[layer.shared]
+    return f"{layer.n_routed} routed experts in {layer.format}, {where}, backend {layer.backend}, {human(layer.nbytes)}"
+
+
+def _layer_json(layer: LayerPlan, tensors: bool) -> dict[str, Any]:
+    keys = (
+        "index",
+        "name",
+        "role",
+        "backend",
+        "format",
+        "shared",
+        "shared_format",
+        "n_routed",
+        "n_shared",
+        "n_slots",
+        "hidden_size",
+        "width",
+    )
+    answer: dict[str, Any] = {key: getattr(layer, key) for key in keys} | {"bytes": layer.nbytes}
+    answer["params"] = [
+        {"name": p.name, "shape": list(p.shape), "dtype": dtype_name(p.dtype), "bytes": p.nbytes} for p in layer.params
+    ]
+    answer["placements"] = len(layer.placements)
+    if tensors:
+        answer["tensors"] = [
+            {
+                "key": p.key,
+                "param": p.param,
+                "expert": p.expert,
+                "rows": list(p.rows),
+                "source": p.source and [list(s) for s in p.source],
+            }
+            for p in layer.placements
+        ]
+    return answer

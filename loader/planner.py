@@ -1,0 +1,150 @@
+"""Plan all MoE layers of a runner: decisions and index to a Plan, or one error with everything that does not fit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gatekeeper import CheckpointError, Decision, Facts, Family, Index, MoeTensors, find_moe_layers
+from loader import obey
+from loader.accounts import Ledger
+from loader.costs import fusion_cost, rank_bytes
+from loader.errors import PlanError, PlanFault
+from loader.layer_plan import Widths, plan_layer
+from loader.plan import LayerPlan, Plan
+from loader.routing import router_config
+
+ROLES = {"target": "main", "draft": "mtp"}
+
+
+def build_plan(index: Index, family: Family, facts: Facts, decisions: Mapping[str, Decision]) -> Plan:
+    """Say where every expert, router and shared tensor of the layers of `facts.runner` goes.
+
+    A layer's shared expert fills slots where `shared_experts_fusion` is on in that layer, and stays on its own
+    everywhere else. Raises `PlanError` with every tensor and slot that does not work out, `CheckpointError` where
+    config.json has no sizes to plan with or the family is one that this loader can't compute.
+    """
+    tensors = runner_layers(index, family, facts)
+    _require_supported(family)
+    router = router_config(family, facts.values)
+    widths = _widths(facts.values)
+    faults = _layer_faults(family, facts, tensors)
+    layers: list[LayerPlan] = []
+    for layer in tensors:
+        plan, found = plan_layer(
+            index,
+            family,
+            layer,
+            widths,
+            fused_slots=obey.fused_slots(decisions, layer.index),
+            router_bias=bool(family.names.router_bias),
+            backend=obey.backend(decisions, layer.index),
+        )
+        faults += found
+        layers += [] if plan is None else [plan]
+    if faults:
+        raise PlanError(faults)
+    for planned in layers:
+        _balance(planned, index)
+    tp_size, ep_size = (_size(facts.values, f"parallel.{name}") for name in ("tp_size", "ep_size"))
+    return Plan(
+        family=family.name,
+        runner=facts.runner,
+        router=router,
+        layers=tuple(layers),
+        per_rank=rank_bytes(layers, tp_size, ep_size),
+        fusion=fusion_cost(layers, tp_size, ep_size),
+    )
+
+
+def runner_layers(index: Index, family: Family, facts: Facts) -> tuple[MoeTensors, ...]:
+    """The MoE layers of `index` that the runner of `facts` loads, by layer index."""
+    role = ROLES[facts.runner]
+    found = (layer for layer in find_moe_layers(index, family, facts.values) if layer.role == role)
+    return tuple(sorted(found, key=lambda layer: layer.index))
+
+
+def _require_supported(family: Family) -> None:
+    names = family.names
+    if not names.routed or set(names.projections) != {"gate", "up", "down"} or not names.router:
+        raise CheckpointError(
+            f"family `{family.name}` stores its experts in a way that this loader does not read; it reads one tensor "
+            "an expert for each of gate, up and down"
+        )
+
+
+def _widths(values: Mapping[str, Any]) -> Widths:
+    names = ("hidden_size", "moe_intermediate_size", "n_routed_experts")
+    missing = [name for name in names if not isinstance(values.get(f"model.{name}"), int)]
+    if missing:
+        raise CheckpointError(
+            f"config.json does not give {', '.join(f'`{name}`' for name in missing)}; add what is missing"
+        )
+    hidden, width, routed = (values[f"model.{name}"] for name in names)
+    n_shared = values.get("model.n_shared_experts")
+    n_shared = n_shared if isinstance(n_shared, int) else 0
+    shared_width = values.get("model.shared_expert_intermediate_size")
+    return Widths(
+        hidden_size=hidden,
+        width=width,
+        n_routed=routed,
+        n_shared=n_shared,
+        shared_width=shared_width if isinstance(shared_width, int) and shared_width else n_shared * width,
+    )
+
+
+def _size(values: Mapping[str, Any], name: str) -> int:
+    """A parallel size; where nobody has chosen it, this loader runs on one rank."""
+    value = values.get(name)
+    return value if isinstance(value, int) and value > 0 else 1
+
+
+def _layer_faults(family: Family, facts: Facts, tensors: Sequence[MoeTensors]) -> list[PlanFault]:
+    """Layers that config.json and tensors disagree about, and layers that are there twice."""
+    found = Counter(layer.index for layer in tensors)
+    names = {layer.index: layer.name for layer in tensors}
+    faults = [
+        PlanFault(layer=index, tensor=names[index], code="doubled", problem="the layer is there twice, under two names")
+        for index, count in found.items()
+        if count > 1
+    ]
+    numbers = family.layer_numbers(facts.values)
+    if numbers is None:
+        return faults
+    role = ROLES[facts.runner]
+    expected = {index: family.names.block(one, index, draft) for one, index, draft in numbers if one == role}
+    faults += [
+        PlanFault(
+            layer=index,
+            tensor=f"{expected[index]}.*",
+            code="missing",
+            problem="config.json has experts here: no tensor",
+        )
+        for index in expected.keys() - found.keys()
+    ]
+    return faults + [
+        PlanFault(layer=index, tensor=f"{names[index]}.*", code="unexpected", problem="config.json has no experts here")
+        for index in found.keys() - expected.keys()
+    ]
+
+
+def _balance(plan: LayerPlan, index: Index) -> None:
+    """Keep a ledger over the plan itself: what it forgets or does twice is our mistake, and an error all the same."""
+    slots = {
+        (param.name, expert): param.shape[1] if expert is not None else param.shape[0]
+        for param in plan.params
+        for expert in (range(param.shape[0]) if ".experts." in param.name or ".shared." in param.name else [None])
+    }
+    keys = {placement.key for placement in plan.placements} | {note.key for note in plan.notes}
+    keys |= {name for name in index.tensors if name.startswith(f"{plan.name}.")}
+    ledger = Ledger(slots, {key: index.tensors[key].shape for key in keys})
+    for placement in plan.placements:
+        ledger.write((placement.param, placement.expert), placement.rows, placement.key, placement.source)
+    for note in plan.notes:
+        ledger.read(note.key)
+    problems = ledger.faults()
+    if problems:
+        raise PlanError(
+            PlanFault(layer=plan.index, tensor=plan.name, code="doubled", problem=line) for line in problems
+        )

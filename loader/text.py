@@ -1,0 +1,12 @@
+"""Numbers for people."""
+
+from __future__ import annotations
+
+
+def human(nbytes: int) -> str:
+    """``1.5 GiB``"""
+    size, units = float(nbytes), iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while size >= 1024 and unit != "TiB":
+        size, unit = size / 1024, next(units)
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

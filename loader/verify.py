@@ -1,0 +1,221 @@
+"""Compare loaded layers with what the checkpoint says, and loads with each other.
+
+The reference reads raw tensors, one expert at a time, in float64; it shares no arithmetic with `loader.formats`,
+`loader.moe` or the kernels, and knows nothing of plans and slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gatekeeper import Index, MoeTensors, TensorInfo
+from loader.checkpoint import Checkpoint, dtype_name
+from loader.errors import VerificationError
+from loader.formats import FORMATS
+from loader.moe import MoELayer, RouterConfig
+from loader.plan import Plan
+
+TOKENS = 16
+CLEAR_MARGIN = 1e-5
+"""Scores that differ by a smaller part may be ranked either way in float32; such tokens are not compared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """What comparing one layer came to."""
+
+    index: int
+    """3"""
+    name: str
+    """``model.layers.3.mlp``"""
+    figure: float
+    """Largest difference over the largest number of the reference: 1.3e-6."""
+    tolerance: float
+    """What the figure may be at most."""
+    tokens: int
+    """Tokens compared."""
+
+
+def tolerance(formats: Iterable[str], dtype: torch.dtype, widest: int) -> float:
+    """What `figure` may be: twice the format's roundings to `dtype`, plus the float32 sums over `widest` products.
+
+    Each rounding is at most half an ulp, and a sum of n products is off by at most n ulp / 2 (Higham, Accuracy and
+    Stability of Numerical Algorithms, 2nd ed., section 3.1).
+    """
+    roundings = max(FORMATS[name].roundings for name in formats)
+    return roundings * torch.finfo(dtype).eps + widest * torch.finfo(torch.float32).eps
+
+
+def verify(
+    layers: Sequence[MoELayer],
+    plan: Plan,
+    index: Index,
+    tensors: Sequence[MoeTensors],
+    *,
+    tokens: int = TOKENS,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Verified, ...]:
+    """Run each layer on random tokens in `dtype` and compare with the reference computed from `tensors` of `index`.
+
+    Raises `VerificationError` at the first layer whose figure is beyond its tolerance or not a number.
+    """
+    found = []
+    by_name = {each.name: each for each in tensors}
+    with Checkpoint(index) as checkpoint:
+        for layer, layer_plan in zip(layers, plan.layers, strict=True):
+            x_TD = random_tokens(tokens, layer_plan.hidden_size, seed + layer.index).to(dtype)
+            names = [layer_plan.format] + ([layer_plan.shared_format] if layer_plan.shared_format else [])
+            allowed = tolerance(names, dtype, max(layer_plan.hidden_size, layer_plan.width, layer_plan.shared_width))
+            expected_TD, clear_T = reference_layer(checkpoint, by_name[layer.name], plan.router, x_TD)
+            device = next(layer.parameters()).device
+            with torch.no_grad():
+                actual_TD = layer(x_TD.to(device)).cpu().double()
+            if not clear_T.any():
+                raise VerificationError(
+                    f"layer {layer.index} (`{layer.name}`) can't be compared: its router scores experts alike for "
+                    f"all of {tokens} random tokens; is `{layer.name}` trained at all?",
+                    layer=layer.index,
+                    figure=math.nan,
+                    tolerance=allowed,
+                )
+            figure = relative_error(actual_TD[clear_T], expected_TD[clear_T])
+            if not figure <= allowed:  # also where it is NaN
+                raise VerificationError(
+                    f"layer {layer.index} (`{layer.name}`) is off by {figure:.3g} of its largest output, allowed are "
+                    f"{allowed:.3g} in {dtype_name(dtype)}; the layer was loaded wrongly or its backend "
+                    f"`{layer_plan.backend}` is at fault: try --set server.moe_runner_backend=eager",
+                    layer=layer.index,
+                    figure=figure,
+                    tolerance=allowed,
+                )
+            found.append(
+                Verified(
+                    index=layer.index, name=layer.name, figure=figure, tolerance=allowed, tokens=int(clear_T.sum())
+                )
+            )
+    return tuple(found)
+
+
+def agreement(
+    one: Sequence[MoELayer], other: Sequence[MoELayer], *, hidden_size: int, tokens: int = TOKENS, seed: int = 0
+) -> dict[int, float]:
+    """By layer index, how far two loads of one checkpoint are apart in float32, such as a fused and an unfused one."""
+    figures = {}
+    for a, b in zip(one, other, strict=True):
+        x_TD = random_tokens(tokens, hidden_size, seed + a.index)
+        with torch.no_grad():
+            y_a, y_b = (layer(x_TD.to(next(layer.parameters()).device)).cpu().double() for layer in (a, b))
+        figures[a.index] = relative_error(y_a, y_b)
+    return figures
+
+
+def random_tokens(tokens: int, hidden_size: int, seed: int) -> Tensor:
+    """``(T, D)`` in float32 with numbers that bf16 has too, so that the dtype of a run does not change its input."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, hidden_size, generator=generator).bfloat16().float()
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest number expected; NaN and infinity stay what they are."""
+    if not expected.numel():
+        return math.nan
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+# -- the reference ------------------------------------------------------------------------------------------------
+
+
+def reference_layer(
+    checkpoint: Checkpoint, tensors: MoeTensors, router: RouterConfig, x_TD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Output of one MoE layer in float64, ``(T, D)``, and which tokens had a clear choice of experts, ``(T,)``."""
+    x_TD = x_TD.double()
+    assert tensors.router is not None
+    weight_ED = checkpoint.fetch(tensors.router.name).double()
+    bias = None if tensors.router_bias is None else checkpoint.fetch(tensors.router_bias.name).double().tolist()
+    logits = (x_TD @ weight_ED.T).tolist()
+    choices = [_choose(row, bias, router) for row in logits]
+    y_TD = torch.zeros_like(x_TD)
+    for expert in sorted({e for chosen, _ in choices for e in chosen}):
+        mlp_TD = _mlp(checkpoint, tensors.routed[expert], x_TD)
+        for token, (chosen, _) in enumerate(choices):
+            y_TD[token] += chosen.get(expert, 0.0) * mlp_TD[token]
+    if tensors.shared:
+        shared_TD = _mlp(checkpoint, tensors.shared, x_TD)
+        if tensors.shared_gate is not None:
+            shared_TD = shared_TD * torch.sigmoid(x_TD @ checkpoint.fetch(tensors.shared_gate.name).double().T)
+        y_TD += shared_TD
+    return y_TD, torch.tensor([margin > CLEAR_MARGIN for _, margin in choices])
+
+
+def _choose(
+    logits: Sequence[float], bias: Sequence[float] | None, router: RouterConfig
+) -> tuple[dict[int, float], float]:
+    """Weights of the chosen experts of one token, and by how much the choice was clear."""
+    if router.scoring_func == "sigmoid":
+        scores = [1 / (1 + math.exp(-each)) for each in logits]
+    else:
+        largest = max(logits)
+        exponentials = [math.exp(each - largest) for each in logits]
+        scores = [each / sum(exponentials) for each in exponentials]
+    ranked = scores if bias is None else [s + b for s, b in zip(scores, bias, strict=True)]
+    size = len(scores) // router.n_group
+    margin = math.inf
+    open_experts = list(range(len(scores)))
+    if router.n_group > 1:
+        best = 2 if router.group_score == "top2_sum" else 1
+        worth = [sum(sorted(ranked[g * size : (g + 1) * size])[-best:]) for g in range(router.n_group)]
+        groups, margin = _largest(dict(enumerate(worth)), router.topk_group)
+        open_experts = [e for g in groups for e in range(g * size, (g + 1) * size)]
+    chosen, clear = _largest({e: ranked[e] for e in open_experts}, router.top_k)
+    total = sum(scores[e] for e in chosen) + 1e-20 if router.norm_topk_prob else 1.0
+    factor = 1.0 if router.norm_topk_prob and not router.scales_normalised else router.routed_scaling_factor
+    return {e: scores[e] / total * factor for e in chosen}, min(margin, clear)
+
+
+def _largest(values: Mapping[int, float], count: int) -> tuple[list[int], float]:
+    """The keys of the largest values, and by what part of its size the least of them beats the next."""
+    order = sorted(values, key=lambda key: -values[key])
+    if len(order) <= count:
+        return order[:count], math.inf
+    last, following = values[order[count - 1]], values[order[count]]
+    return order[:count], (last - following) / max(abs(last), 1e-30)
+
+
+def _mlp(checkpoint: Checkpoint, projections: Mapping[str, Mapping[str, TensorInfo]], x_TD: Tensor) -> Tensor:
+    gate, up, down = (raw_weight(checkpoint, projections[each]) for each in ("gate", "up", "down"))
+    gated = x_TD @ gate.T
+    return (gated / (1 + torch.exp(-gated)) * (x_TD @ up.T)) @ down.T
+
+
+def raw_weight(checkpoint: Checkpoint, parts: Mapping[str, TensorInfo]) -> Tensor:
+    """The weight that these tensors store, ``(out, in)`` in float64, worked out number by number of bits."""
+    raw = {suffix: checkpoint.fetch(info.name) for suffix, info in parts.items()}
+    if "weight_packed" in raw and raw["weight_packed"].dtype is torch.int32:
+        # A little-endian int32 of eight nibbles is four bytes of two, the low one first.
+        values = _nibbles(raw["weight_packed"].contiguous().view(torch.uint8)).double() - 8
+        return values * raw["weight_scale"].double().repeat_interleave(32, dim=1)
+    weight = raw["weight"]
+    if weight.dtype is torch.uint8:
+        code = _nibbles(weight).long()
+        exponent, mantissa = (code >> 1) & 3, (code & 1).double()
+        size = torch.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+        scale = raw["weight_scale"].view(torch.float8_e8m0fnu).double().repeat_interleave(32, dim=1)
+        return torch.where(code >= 8, -size, size) * scale
+    if weight.dtype is torch.float8_e4m3fn:
+        scale = raw["weight_scale_inv"].double()
+        row, column = (torch.arange(size) // 128 for size in weight.shape)
+        return weight.double() * scale[row][:, column]
+    return weight.double()
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    wide = torch.empty(packed.shape[0], 2 * packed.shape[1], dtype=torch.uint8)
+    wide[:, 0::2], wide[:, 1::2] = packed % 16, packed // 16
+    return wide

@@ -1,0 +1,124 @@
+"""The one matcher of module names, as a table, and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gatekeeper.errors import FactError
+from gatekeeper.names import METHODS, covers, excluded, first_match, glob, spellings
+
+ROWS = yaml.safe_load((Path(__file__).parent / "names.yaml").read_text("utf-8"))["rows"]
+LAYER = "model.layers.3.mlp"
+SHARED = [f"{LAYER}.shared_experts.{p}_proj" for p in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['method']}: {row['why']}")
+def test_table(row: dict[str, Any]) -> None:
+    assert covers(row["method"], row["list"], row["name"]) is row["covers"]
+
+
+def test_every_method_has_rows_both_ways() -> None:
+    for method in METHODS:
+        assert {row["covers"] for row in ROWS if row["method"] == method} == {True, False}, method
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["re:.*shared_experts.*"], True),
+        (["re:.*self_attn.*"], False),
+        ([SHARED[0]], "partly"),
+        (SHARED, True),
+        ([], False),
+    ],
+)
+def test_group_is_covered_wholly_partly_or_not(patterns: list[str], expected: object) -> None:
+    assert excluded("quark", patterns, SHARED) == expected
+
+
+def test_an_empty_group_is_not_covered() -> None:
+    assert excluded("quark", ["*"], []) is False
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("re:(a+)+$", "could take for ever"),
+        ("re:(a|aa)*b", "could take for ever"),
+        ("re:(a?)*b", "could take for ever"),
+        ("re:((a)*b{2,})+", "could take for ever"),
+        ("re:" + ".*x" * 5, "could take for ever"),
+        ("re:" + "a?" * 9, "could take for ever"),
+        ("re:(", "no regular expression"),
+        ("re:*", "no regular expression"),
+        ("re:" + "x" * 501, "501 characters"),
+        ("*" + "x" * 501, "502 characters"),
+    ],
+)
+def test_a_costly_or_broken_pattern_is_an_error(pattern: str, says: str) -> None:
+    with pytest.raises(FactError, match=says):
+        covers("quark", [pattern], "a" * 60)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+        r"re:.*attn.*(fused_wqa_wkv|wq_b|wo_a|wo_b)$",
+        r"re:^(?!.*experts).*$",
+        r"re:model\.layers\.[0-9]+\.self_attn\.(q|k|v)_proj",
+        r"re:(?:model\.)?layers\.\d{1,2}\.mlp",
+    ],
+)
+def test_patterns_of_real_lists_are_taken(pattern: str) -> None:
+    covers("compressed-tensors", [pattern], "model.layers.3.mlp.experts.0.gate_proj")
+
+
+@given(st.text(alphabet="ab*+?|(){}[]\\.1,^$", max_size=14))
+def test_any_pattern_is_answered_soon(pattern: str) -> None:
+    start = time.monotonic()
+    with contextlib.suppress(FactError):
+        covers("quark", ["re:" + pattern], "ab" * 35)
+    assert time.monotonic() - start < 5
+
+
+def test_spellings_start_with_the_name_itself() -> None:
+    found = spellings("language_model.model.layers.3.mlp.gate")
+    assert found[0] == "language_model.model.layers.3.mlp.gate"
+    assert {"model.layers.3.mlp.gate", "model.language_model.layers.3.mlp.gate", "layers.3.mlp.gate"} < set(found)
+
+
+def test_first_match_keeps_the_order_of_the_table() -> None:
+    table = ["*.mlp.*", "*.shared_experts.*"]
+    assert first_match("quark", table, SHARED[:1]) == "*.mlp.*"
+    assert first_match("quark", table, ["lm_head"]) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("model.layers.*.mlp", "model.layers.3.mlp", True),
+        ("model.layers.*.mlp", "model.layers.3.x.mlp", False),
+        ("model.**.mlp", "model.layers.3.mlp", True),
+        ("model.*", "model.layers.3", False),
+        ("**", "model.layers.3", True),
+        ("*_proj", "gate_proj", True),
+        ("a.b", "axb", False),
+        ("model.layers.?", "model.layers.3", False),
+    ],
+)
+def test_glob_of_rules(pattern: str, name: str, expected: bool) -> None:
+    assert glob(pattern)(name) is expected
+
+
+def test_glob_with_too_many_stars_is_refused() -> None:
+    with pytest.raises(ValueError, match="simpler globs"):
+        glob("*a" * 9)
