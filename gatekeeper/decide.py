@@ -16,22 +16,51 @@ from gatekeeper.evidence import collect, difference
 from gatekeeper.facts import Facts
 from gatekeeper.rules import Feature, Gate, Option, Requirement, RuleSet
 from gatekeeper.source import nearest
-from gatekeeper.values import ABSENT, UNKNOWN, Missing, Readings, Truth, Values, plain
+from gatekeeper.values import ABSENT, UNKNOWN, Missing, Readings, Truth, Value, Values, plain, shown
 
 
 def decide(rules: RuleSet, facts: Facts, features: Iterable[str] | None = None) -> Decisions:
     """Decide every feature of a rule set (or those named), and log one event each.
 
-    Raises `FactError` where a request fact has a word that is no option, or a named feature does not exist.
+    Raises `FactError` where a named feature does not exist.
     """
     names = list(rules.features if features is None else features)
     for name in names:
         if name not in rules.features:
             raise FactError(f"unknown feature `{name}`{nearest(name, rules.features)}")
-    decisions = Decisions({name: _compiled(rules)[name].decide(facts) for name in sorted(names)})
+    compiled = _compiled(rules)
+    decisions = Decisions({name: _with_remedies(compiled[name], facts) for name in sorted(names)})
     for decision in decisions.values():
         log.decided(decision)
     return decisions
+
+
+def _with_remedies(feature: _Feature, facts: Facts) -> Decision:
+    """Decide, and let an error say which controllable facts would make the failed requirement pass."""
+    decision = feature.decide(facts)
+    culprit = next((one for one in decision.outcomes if one.id == decision.decided_by), None)
+    if decision.state != "error" or culprit is None:
+        return decision
+    found = []
+    for name in sorted(facts.catalogue.inputs(check.fact for check in culprit.checks)):
+        values = facts.catalogue[name].controllable
+        passing = [value for value in values if _passes(feature, facts, name, value, culprit)]
+        if passing:
+            found.append(f"`{name}` {' or '.join(map(shown, passing))}")
+    if not found:
+        return decision
+    return replace(decision, reason=f"{decision.reason} `{culprit.id}` passes with {', or with '.join(found)}.")
+
+
+def _passes(feature: _Feature, facts: Facts, name: str, value: Value, culprit: Outcome) -> bool:
+    if facts.values.get(name) == value:
+        return False
+    try:
+        decision = feature.decide(facts.with_fact(name, value))
+    except FactError:
+        return False
+    states = [(one.id, one.option, one.state) for one in decision.outcomes]
+    return any((culprit.id, culprit.option, state) in states for state in ("passed", "not_applicable"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +207,6 @@ class _Feature:
         word = "auto" if value is ABSENT else str(value)
         if word in ("auto", "on", "off"):
             return _Asked(word, forced=word == "on", forbidden=word == "off")
-        options = sorted({option.name for gate in self.gates for option, _ in gate.options})
-        if word not in options:
-            known = ", ".join(["auto", "on", "off", *options])
-            raise FactError(
-                f"`{self.feature.request.fact}` is `{word}`; expected one of {known}{nearest(word, options)}"
-            )
         return _Asked(word, forced=True, option=word)
 
     def _select(self, values: Values) -> tuple[_Gate | None, list[_Gate]]:
@@ -341,11 +364,7 @@ class _Run:
     def _chosen(self, asked: _Asked, gate: _Gate, options: list[tuple[Option, list[_Judged]]]) -> _Verdict:
         """State 6: the first option that passes, or the one asked for by name."""
         if asked.option is not None:
-            options = [pair for pair in options if pair[0].name == asked.option]
-            if not options:
-                named = _listed([option.name for option, _ in gate.options])
-                reason = f"`{asked.option}` is no option of the gate for this model, which has {named}."
-                return _Verdict("error", "request", reason)
+            return self._asked_for(asked.option, gate, options, asked)
         unknown: list[_Judged] = []
         for option, judged in options:
             if any(one.failed for one in judged):
@@ -365,6 +384,25 @@ class _Run:
             rescued = any(all(o.requirement.rule.waivable for o in judged if o.failed) for _, judged in options)
             return self._open(_Verdict("error")) if asked.may_force and rescued else self._because("error", first)
         return self._because("off", first)
+
+    def _asked_for(
+        self, name: str, gate: _Gate, options: list[tuple[Option, list[_Judged]]], asked: _Asked
+    ) -> _Verdict:
+        """An option asked for by name: that one, pending while it is unknown, else an error that names what works."""
+        judged = next((ones for option, ones in options if option.name == name), None)
+        if judged is None:
+            named = _listed([option.name for option, _ in options])
+            return _Verdict("error", "request", f"`{name}` is no option of this gate, which has {named}.")
+        failed = [one for one in judged if one.failed]
+        if failed:
+            verdict = self._because("error", _first_failed(failed), forced=True)
+            works = [o.name for o, ones in options if not any(one.failed or one.open for one in ones)]
+            hint = f" What would work: {_listed(works)}." if works else " No other option works either."
+            return replace(verdict, reason=verdict.reason + hint)
+        unknown = [one for one in judged if one.open]
+        if unknown:
+            return self._because("pending", _first_unknown(unknown))
+        return self._on(gate, next(option for option, _ in options if option.name == name), asked)
 
     def _on(self, gate: _Gate, option: Option | None, asked: _Asked) -> _Verdict:
         """State 7: on, unless an output has no value."""

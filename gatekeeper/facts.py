@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
@@ -70,6 +70,8 @@ class FactSpec:
             if not isinstance(raw, list | tuple):
                 raise ValueError(f"expected a list, not {_given(raw)}")
             return tuple(_scalar(self.items, item) for item in raw)
+        if self.type == "enum" and isinstance(raw, bool):
+            raw = shown(raw)  # `true`, `false` and `partly` are the words of one enum
         value = _scalar(self.type, raw)
         if self.type == "enum" and value not in self.values:
             raise ValueError(
@@ -151,6 +153,17 @@ class Catalogue(Mapping[str, FactSpec]):
     def is_layer_fact(self, name: str) -> bool:
         """Whether a fact differs from layer to layer: `layer.*`, and what is derived from it."""
         return name in self._layer_facts
+
+    def inputs(self, names: Iterable[str]) -> frozenset[str]:
+        """Return facts with all that they are derived from."""
+        found: set[str] = set()
+        left = list(names)
+        while left:
+            name = left.pop()
+            if name not in found:
+                found.add(name)
+                left += _dependencies(self._specs, name)
+        return frozenset(found)
 
     def coerce(self, name: str, raw: Any) -> Value:
         """Return a raw value as the type of the fact `name`; raises `FactError`."""
@@ -371,6 +384,18 @@ class Facts:
     layers_note: str = ""
     assumed: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    given: Readings = field(repr=False)
+    """What the sources gave, before defaults and derived facts."""
+    given_layers: tuple[Readings, ...] | None = field(repr=False)
+    flags: frozenset[str] = frozenset()
+    """Groups whose flags were looked at."""
+
+    def with_fact(self, name: str, value: Value) -> Facts:
+        """Return the same facts but for one that is set by hand; what is derived from it follows."""
+        given = {**self.given, name: Reading(value, "supposed")}
+        layers = None if self.given_layers is None else list(self.given_layers)
+        done = self.catalogue.complete(given, layers, self.flags)
+        return replace(self, readings=done.readings, layers=done.layers, given=given)
 
     @cached_property
     def values(self) -> Values:
@@ -436,6 +461,9 @@ def make_facts(
         layers_note=layers_note,
         assumed=assumed,
         unknown=unknown,
+        given=typed,
+        given_layers=None if typed_layers is None else tuple(typed_layers),
+        flags=flags,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+import gatekeeper
 from gatekeeper import (
     Decisions,
     Facts,
@@ -140,6 +141,7 @@ def load_command(
     """Decide, plan and load; exit 1 with every reason if a slot or a tensor is left over."""
     from loader.build import build
     from loader.load import prepare
+    from loader.text import count
     from loader.verify import verify
 
     target = _target(checkpoint, platform, settings, runner, rules_folder)
@@ -155,11 +157,13 @@ def load_command(
             answers.append(answer | {"verified": [asdict(one) for one in found] if verifies else None})
             continue
         _say(decisions, prepared.plan.lines())
-        click.echo(f"  loaded {len(layers)} layers on {device}: every slot written once, every tensor used once")
+        click.echo(
+            f"  loaded {count(len(layers), 'layer')} on {device}: every slot written once, every tensor used once"
+        )
         if found:
             worst = max(found, key=lambda one: one.figure / one.tolerance)
             click.echo(
-                f"  verified {len(found)} layers against the checkpoint: at most {worst.figure:.1e} off "
+                f"  verified {count(len(found), 'layer')} against the checkpoint: at most {worst.figure:.1e} off "
                 f"(layer {worst.index}; allowed {worst.tolerance:.1e})"
             )
     if as_json:
@@ -201,8 +205,6 @@ def main() -> None:
 
 
 def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
-    from gatekeeper import parse_scalar
-
     result: dict[str, Any] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
@@ -210,7 +212,7 @@ def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
             raise click.UsageError(f"--set takes FACT=VALUE, such as parallel.tp_size=8; not `{setting}`")
         if name in result:
             raise click.UsageError(f"--set {name} is given twice")
-        result[name] = parse_scalar(value, f"--set {name}")
+        result[name] = gatekeeper.parse_scalar(value, f"--set {name}")
     return result
 
 

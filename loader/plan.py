@@ -13,7 +13,7 @@ from loader.checkpoint import dtype_name
 from loader.costs import FusionCost, RankBytes
 from loader.formats.base import Span
 from loader.moe import RouterConfig
-from loader.text import human
+from loader.text import count, human
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,9 +150,9 @@ class Plan:
     def lines(self) -> Iterator[str]:
         """For people; layers that are alike share a line."""
         n = sum(len(layer.placements) for layer in self.layers)
-        yield f"{self.runner}: {len(self.layers)} MoE layers of {self.family}"
+        yield f"{self.runner}: {count(len(self.layers), 'MoE layer')} of {self.family}"
         for text, indices in _alike(self.layers).items():
-            yield f"  layers {ranges(indices)}: {text}"
+            yield f"  {'layer' if len(indices) == 1 else 'layers'} {ranges(indices)}: {text}"
         yield f"  {n} placements, {human(self.nbytes)} in all; {self.per_rank.text()}"
         yield f"  {self.fusion.text()}"
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def count(number: int, word: str) -> str:
+    """``2 layers``, ``1 layer``."""
+    return f"{number} {word}" + ("" if number == 1 else "s")
+
+
 def human(nbytes: int) -> str:
     """``1.5 GiB``"""
     size, units = float(nbytes), iter(("B", "KiB", "MiB", "GiB", "TiB"))

@@ -14,7 +14,11 @@ INDEX = "name\trouted_vs_shared_format\trouted_width\tshared_width\nO__M@r1\tunk
 MODEL = {
     "architectures": ["KimiK25ForConditionalGeneration"],
     "vocab_size": 3,
-    "text_config": {"n_routed_experts": 4, "vocab_size": 5, "quantization_config": {"quant_method": "fp8", "ignore": ["x"]}},
+    "text_config": {
+        "n_routed_experts": 4,
+        "vocab_size": 5,
+        "quantization_config": {"quant_method": "fp8", "ignore": ["x"]},
+    },
     "vision_config": {"hidden_size": 3},
     "hf_quant_config.json": {"quantization": {"quant_algo": "FP8"}},
     "_revision": "r1abc (a remark)",
@@ -49,7 +53,9 @@ def test_a_model_is_cut_to_what_is_read(tmp_path: Path) -> None:
         "first_reading": {"routed_vs_shared_format": "unknown", "routed_width": 8, "shared_width": 1},
     }
     notice = (out / "NOTICE").read_text()
-    assert "O__M@r1\n  repository: O/M\n  config.json: a public source file (X)\n  reconstructed: text_config\n" in notice
+    assert (
+        "O__M@r1\n  repository: O/M\n  config.json: a public source file (X)\n  reconstructed: text_config\n" in notice
+    )
 
 
 def test_without_arguments_it_says_how_it_is_used() -> None:

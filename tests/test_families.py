@@ -12,8 +12,8 @@ from gatekeeper.errors import CheckpointError, FactError, RuleError
 from gatekeeper.families import Family, find_moe_layers, overlaps, select_family
 from gatekeeper.providers.config import settled
 from gatekeeper.source import check_schema, parse_yaml, read_yaml
-from gatekeeper.values import Values
-from tests.shipped import CORPUS, RULES, catalogue, families, family, read
+from gatekeeper.values import ABSENT, Values
+from tests.shipped import CORPUS, RULES, catalogue, families, family, read, write_config
 
 V3: Values = {
     "model.num_hidden_layers": 4,
@@ -88,9 +88,7 @@ def test_layers_with_experts(model: str, main: list[int], mtp: list[int]) -> Non
 
 def test_hybrid_layers_by_letter_and_by_word() -> None:
     values: dict[str, Any] = {"model.num_hidden_layers": 4, "model.hybrid_override_pattern": "ME*E"}
-    assert [
-        family("nemotron_h").is_moe_layer(i, {**values, "model.layers_block_type": missing()}) for i in range(4)
-    ] == [
+    assert [family("nemotron_h").is_moe_layer(i, {**values, "model.layers_block_type": ABSENT}) for i in range(4)] == [
         False,
         True,
         False,
@@ -100,10 +98,17 @@ def test_hybrid_layers_by_letter_and_by_word() -> None:
     assert [family("nemotron_h").is_moe_layer(i, values) for i in range(4)] == [True, False, True, False]
 
 
-def missing() -> Any:
-    from gatekeeper.values import ABSENT
-
-    return ABSENT
+def test_layers_flagged_one_by_one(tmp_path: Path) -> None:
+    """MiniMax M3 keeps a list under the key that is a number elsewhere."""
+    text = {"architectures": ["MiniMaxM3SparseForCausalLM"], "num_hidden_layers": 3, "num_local_experts": 2}
+    text |= {"moe_layer_freq": [0, 1, 1], "n_shared_experts": 1, "intermediate_size": 64, "hidden_size": 32}
+    config = {"architectures": ["MiniMaxM3SparseForConditionalGeneration"], "text_config": text}
+    found = read(write_config(tmp_path, config))
+    assert found.family is not None
+    assert found.family.name == "minimax_m3"
+    assert found.layers is not None
+    assert [layer["layer.index"].value for layer in found.layers] == [1, 2]
+    assert found.readings["model.moe_layer_freq"].value is ABSENT
 
 
 def test_an_unknown_fact_leaves_a_layer_unknown() -> None:

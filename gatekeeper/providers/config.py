@@ -102,13 +102,13 @@ def read_config(config: ConfigFile, catalogue: Catalogue, families: Sequence[Fam
     else:
         readings["model.family"] = Reading(family.name, f"{witness}; {family.witness}")
     for spec in catalogue.values():
-        if spec.group == "model" and spec.from_ and spec.name not in readings:
+        if spec.group == "model" and "config" in spec.given_by and spec.name not in readings:
             readings[spec.name] = _fact(config, spec, family)
     return {name: reading for name, reading in readings.items() if name in catalogue}, family
 
 
 def _fact(config: ConfigFile, spec: FactSpec, family: Family | None) -> Reading:
-    paths = (family.from_.get(spec.name) if family else None) or spec.from_
+    paths = family.from_.get(spec.name, spec.from_) if family else spec.from_
     for path in paths:
         raw = look_up(config.language_model, path)
         if raw is not None:

@@ -1,0 +1,190 @@
+"""Building: what is copied is what the plan says, compared first, accounted for, and all or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gatekeeper import CheckpointError, Index, load_rules, read_facts, read_index
+from loader import BuildError, MoELayer, Plan, build, build_plan
+from loader.checkpoint import Checkpoint
+from tests.loader.fakes import decided
+from tests.loader.surgery import rewrite
+
+SMALL = {"experts": 16, "layers": 3}
+
+
+def planned(folder: Path, on: bool = False, slots: int = 1, backend: str | None = None) -> tuple[Plan, Index]:
+    index = read_index(folder)
+    assert index is not None
+    facts = read_facts(folder)
+    decisions = decided([1, 2] if on else [], slots=slots, backend=backend)
+    return build_plan(index, load_rules().families[str(facts.values["model.family"])], facts, decisions), index
+
+
+@pytest.mark.parametrize("format_name", ["bf16", "fp16", "int4_g32", "mxfp4", "fp8_block"])
+def test_weights_stay_packed_and_lie_where_the_plan_says(made: Callable[..., Path], format_name: str) -> None:
+    plan, index = planned(made(format_name=format_name, shared_format=format_name, **SMALL), on=True)
+    layers = build(plan, index)
+    experts = layers[0].experts
+    base = plan.layers[0].name
+    with Checkpoint(index) as checkpoint:
+        for part in experts.weight_format.parts:
+            stacked = getattr(experts, f"w13_{part.suffix}")
+            assert stacked.dtype == part.dtype and stacked.shape[0] == 17
+            for slot, module in ((0, "experts.0"), (15, "experts.15"), (16, "shared_experts")):
+                gate, up, down = (
+                    checkpoint.fetch(f"{base}.{module}.{p}_proj.{part.suffix}") for p in ("gate", "up", "down")
+                )
+                as_bytes = lambda t: t.contiguous().view(torch.uint8)  # noqa: E731  # fp8 has no torch.equal of its own
+                assert torch.equal(as_bytes(stacked[slot]), as_bytes(torch.cat([gate, up])))
+                assert torch.equal(as_bytes(getattr(experts, f"w2_{part.suffix}")[slot]), as_bytes(down))
+    assert sum(p.nbytes for layer in layers for p in layer.parameters()) == plan.nbytes
+
+
+def test_two_slots_of_one_shared_mlp(made: Callable[..., Path]) -> None:
+    plan, index = planned(made(family="deepseek_v2", **SMALL), on=True, slots=2)
+    w2 = build(plan, index)[0].experts.w2_weight
+    with Checkpoint(index) as checkpoint:
+        down = checkpoint.fetch("model.layers.1.mlp.shared_experts.down_proj.weight")
+    assert torch.equal(torch.cat([w2[16], w2[17]], dim=1), down)
+
+
+def test_one_tensor_at_a_time(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, index = planned(made(**SMALL))
+    fetch, alive, most = Checkpoint.fetch, weakref.WeakSet[Tensor](), []
+
+    def counting(self: Checkpoint, name: str) -> Tensor:
+        tensor = fetch(self, name)
+        alive.add(tensor)
+        most.append(len(alive))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "fetch", counting)
+    build(plan, index)
+    # The last one lives until the next one has arrived, and no longer.
+    assert len(most) == len(list(plan.placements)) and max(most) <= 2
+
+
+def spoiled(plan: Plan, **changes: object) -> Plan:
+    """The plan with its last placement of the last layer changed, or dropped if no change is given."""
+    layer = plan.layers[-1]
+    last = [dataclasses.replace(layer.placements[-1], **changes)] if changes else []
+    layer = dataclasses.replace(layer, placements=(*layer.placements[:-1], *last))
+    return dataclasses.replace(plan, layers=(*plan.layers[:-1], layer))
+
+
+def test_a_plan_that_forgets_a_slot_is_caught(made: Callable[..., Path]) -> None:
+    plan, index = planned(made(**SMALL))
+    key = plan.layers[-1].placements[-1].key
+    with pytest.raises(BuildError, match="never written") as caught:
+        build(spoiled(plan), index)
+    assert f"`{key}` is never used" in str(caught.value)
+
+
+def test_a_plan_that_writes_a_slot_twice_is_caught(made: Callable[..., Path]) -> None:
+    plan, index = planned(made(**SMALL))
+    twice = plan.layers[-1].placements[-2]
+    with pytest.raises(BuildError, match="is used 2 times"):
+        build(spoiled(plan, **{f.name: getattr(twice, f.name) for f in dataclasses.fields(twice)}), index)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.float(), "is [64, 32] float32, its place"),
+        (lambda t: t[:, :16].contiguous(), "is [64, 16] bfloat16, its place"),
+        (lambda t: t[:1].contiguous(), "is [1, 32] bfloat16, its place"),  # copy_ would broadcast it
+        (lambda t: t.to(torch.float8_e4m3fn), "is [64, 32] float8_e4m3fn, its place"),
+    ],
+)
+def test_dtype_and_shape_are_compared_before_each_copy(
+    copied: Callable[..., Path], change: Callable[[Tensor], Tensor], words: str
+) -> None:
+    folder = copied(**SMALL)
+    plan, _ = planned(folder)
+    key = "model.layers.2.mlp.shared_experts.down_proj.weight"
+    rewrite(folder, lambda tensors: tensors.update({key: change(tensors[key])}))
+    index = read_index(folder)  # of the changed checkpoint, while the plan is of the old one
+    assert index is not None
+    with pytest.raises(BuildError) as caught:
+        build(plan, index)
+    assert words in str(caught.value) and key in str(caught.value)
+
+
+def test_a_shape_note_that_lies(copied: Callable[..., Path]) -> None:
+    folder = copied(family="kimi_k2", format_name="int4_g32", **SMALL)
+    key = "model.layers.1.mlp.experts.3.up_proj.weight_shape"
+    rewrite(folder, lambda tensors: tensors[key].copy_(torch.tensor([32, 128])))
+    plan, index = planned(folder)
+    with pytest.raises(BuildError, match=r"up_proj.weight_shape` says \[32, 128\], the weight is \[32, 64\]"):
+        build(plan, index)
+
+
+def test_a_failed_build_leaves_nothing_allocated(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, index = planned(made(**SMALL))
+    built: list[MoELayer] = []
+    module = sys.modules["loader.build"]  # the package's `build` is the function
+    assemble = module.assemble
+
+    def remembering(*arguments: object) -> object:
+        skeleton = assemble(*arguments)  # type: ignore[arg-type]
+        built.append(skeleton.layer)
+        return skeleton
+
+    monkeypatch.setattr(module, "assemble", remembering)
+    with pytest.raises(BuildError):
+        build(spoiled(plan), index)
+    gc.collect()
+    memory = [p.untyped_storage().nbytes() for layer in built for p in layer.parameters() if p.device.type != "meta"]
+    assert memory and sum(memory) == 0, "the first layer was built and its memory given back"
+
+
+def test_a_file_exchanged_while_loading(copied: Callable[..., Path]) -> None:
+    folder = copied(**SMALL)
+    plan, index = planned(folder)
+    key = "model.layers.1.mlp.gate.weight"
+    rewrite(folder, lambda tensors: tensors.update({key: tensors[key].float()}))
+    (folder / "model-00001-of-00001.safetensors").rename(folder / index.tensors[key].shard)
+    with pytest.raises(CheckpointError, match="exchanged while loading"), Checkpoint(index) as checkpoint:
+        checkpoint.fetch(key)
+    with pytest.raises(CheckpointError):
+        build(plan, index)
+
+
+def test_a_shard_that_is_gone(copied: Callable[..., Path]) -> None:
+    folder = copied(**SMALL)
+    plan, index = planned(folder)
+    (folder / index.tensors["model.layers.2.mlp.gate.weight"].shard).unlink()
+    with pytest.raises(CheckpointError, match="can't be read"):
+        build(plan, index)
+
+
+def test_devices_and_backends_that_are_not_here(made: Callable[..., Path]) -> None:
+    plan, index = planned(made(**SMALL))
+    with pytest.raises(BuildError, match="device `nonsense` can't be used here"):
+        build(plan, index, "nonsense")
+    if not torch.cuda.is_available():
+        with pytest.raises(BuildError, match="device `cuda` can't be used here"):
+            build(plan, index, "cuda")
+    other, _ = planned(made(**SMALL), backend="deep_gemm")
+    with pytest.raises(BuildError, match="no backend `deep_gemm` in this loader"):
+        build(other, index)
+
+
+@pytest.mark.gpu
+def test_layers_on_the_gpu_compute_what_they_compute_on_the_cpu(made: Callable[..., Path]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    plan, index = planned(made(format_name="int4_g32", shared_format="int4_g32", **SMALL), on=True)
+    x_TD = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    for here, there in zip(build(plan, index), build(plan, index, "cuda"), strict=True):
+        torch.testing.assert_close(there(x_TD.cuda()).cpu(), here(x_TD), rtol=1e-4, atol=1e-5)
