@@ -11,7 +11,7 @@ from gatekeeper.operators import NEGATED, OPERATORS
 from gatekeeper.values import ABSENT, UNKNOWN, Truth, Value, Values, records_equal, shown
 
 if TYPE_CHECKING:
-    from gatekeeper.facts import Catalogue
+    from gatekeeper.catalogue import Catalogue
 
 LAYERS = "layers"
 """Key under which a scope holds the values of the runner's layers; no fact is called that, for facts have a dot."""

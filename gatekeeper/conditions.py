@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, Union
 
+from gatekeeper.catalogue import Catalogue, FactSpec
 from gatekeeper.errors import Fault, Where
-from gatekeeper.facts import Catalogue, FactSpec
 from gatekeeper.operators import NEGATED, OPERATORS
 from gatekeeper.source import Document, nearest
 from gatekeeper.values import Value

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from gatekeeper.catalogue import Catalogue
 from gatekeeper.compile import LAYERS, compile_condition
 from gatekeeper.conditions import Condition, FactRef, ItemTests, Layers, Not, Test
 from gatekeeper.decision import Check
-from gatekeeper.facts import Catalogue, Facts
+from gatekeeper.facts import Facts
 from gatekeeper.operators import OPERATORS
 from gatekeeper.values import ABSENT, UNKNOWN, Missing, Reading, Readings, Value, Values, plain, shown
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gatekeeper import ABSENT, Decision, Facts
+from gatekeeper import ABSENT, Decision, Facts, ranges
 from loader.errors import StaleDecisionError
 
 FUSION, BACKEND = "shared_experts_fusion", "moe_backend"
-OWN_GROUPS = ("model.", "quant.", "layer.")
-"""Facts that belong to a checkpoint and not to how it is run."""
 
 
 def fused_slots(decisions: Mapping[str, Decision], layer: int) -> int:
@@ -47,38 +45,46 @@ def backend(decisions: Mapping[str, Decision], layer: int) -> str:
 
 def require_fresh(decisions: Mapping[str, Decision], facts: Facts) -> None:
     """Raise `StaleDecisionError` where a decision rests on checkpoint facts that are not those of `facts`."""
-    layers = {layer["layer.index"]: layer for layer in facts.runner_layer_values or ()}
-    differences: list[str] = []
-    for feature, decision in decisions.items():
-        if decision.runner != facts.runner:
-            differences.append(f"`{feature}` was decided for the {decision.runner}, not for the {facts.runner}")
-        for name, then in decision.facts_used.items():
-            if name.startswith("layer."):
-                differences += _layer_differences(name, then, layers)
-            elif name.startswith(OWN_GROUPS) and name in facts.values:
-                now = _plain(facts.values[name])
-                differences += [] if now == then else [f"`{name}` was {_show(then)}, here it is {_show(now)}"]
-        decided = {one.index for one in decision.layers or () if one.index is not None}
-        if decided and facts.runner_layers is not None and decided != set(layers):
-            differences.append(f"`{feature}` was decided for {len(decided)} MoE layers, here there are {len(layers)}")
+    differences = list(dict.fromkeys(_differences(decisions, facts)))
     if differences:
-        unique = list(dict.fromkeys(differences))
-        more = f"; and {len(unique) - 5} more differences" if len(unique) > 5 else ""
+        more = f"; and {len(differences) - 5} more differences" if len(differences) > 5 else ""
         raise StaleDecisionError(
-            f"decided for another checkpoint: {'; '.join(unique[:5])}{more}; decide again for this one"
+            f"decided for another checkpoint: {'; '.join(differences[:5])}{more}; decide again for this one"
         )
 
 
-def _layer_differences(name: str, then: Mapping[str, Any], layers: Mapping[Any, Mapping[str, Any]]) -> list[str]:
-    found = []
+def _differences(decisions: Mapping[str, Decision], facts: Facts) -> Iterator[str]:
+    """Facts of the whole model first: they say more than what follows from them in each layer."""
+    layers = {layer["layer.index"]: layer for layer in facts.runner_layer_values or ()}
+    for feature, decision in decisions.items():
+        if decision.runner != facts.runner:
+            yield f"`{feature}` was decided for the {decision.runner}, not for the {facts.runner}"
+    for name, then in _used(decisions, "model.", "quant."):
+        if name in facts.values and _plain(facts.values[name]) != then:
+            yield f"`{name}` was {_show(then)}, here it is {_show(_plain(facts.values[name]))}"
+    for feature, decision in decisions.items():
+        decided = {one.index for one in decision.layers or () if one.index is not None}
+        if decided and facts.runner_layers is not None and decided != set(layers):
+            yield f"`{feature}` was decided for {len(decided)} MoE layers, here there are {len(layers)}"
+    for name, then in _used(decisions, "layer."):
+        yield from _layer_differences(name, then, layers)
+
+
+def _used(decisions: Mapping[str, Decision], *groups: str) -> Iterator[tuple[str, Any]]:
+    for decision in decisions.values():
+        yield from ((name, then) for name, then in decision.facts_used.items() if name.startswith(groups))
+
+
+def _layer_differences(name: str, then: Mapping[str, Any], layers: Mapping[Any, Mapping[str, Any]]) -> Iterator[str]:
     for numbers, value in then.items():
+        now: dict[str, list[int]] = {}
         for index in _numbers(numbers):
             if index not in layers:
-                found.append(f"`{name}` was {_show(value)} in layer {index}, which is no MoE layer here")
+                now.setdefault("no MoE layer here", []).append(index)
             elif name in layers[index] and _plain(layers[index][name]) != value:
-                now = _show(_plain(layers[index][name]))
-                found.append(f"`{name}` was {_show(value)} in layer {index}, here it is {now}")
-    return found
+                now.setdefault(f"here it is {_show(_plain(layers[index][name]))}", []).append(index)
+        for what, indices in now.items():
+            yield f"`{name}` was {_show(value)} in layers {ranges(indices)}, {what}"
 
 
 def _numbers(text: str) -> list[int]:

@@ -29,6 +29,7 @@ def build_plan(index: Index, family: Family, facts: Facts, decisions: Mapping[st
     _require_supported(family)
     router = router_config(family, facts.values)
     widths = _widths(facts.values)
+    _require_plausible(widths, index)
     faults = _layer_faults(family, facts, tensors)
     layers: list[LayerPlan] = []
     for layer in tensors:
@@ -92,6 +93,15 @@ def _widths(values: Mapping[str, Any]) -> Widths:
         n_shared=n_shared,
         shared_width=shared_width if isinstance(shared_width, int) and shared_width else n_shared * width,
     )
+
+
+def _require_plausible(widths: Widths, index: Index) -> None:
+    """Refuse counts that no checkpoint of this size can have, before anything is done that many times."""
+    for name, count in (("n_routed_experts", widths.n_routed), ("n_shared_experts", widths.n_shared)):
+        if count > len(index.tensors):
+            raise CheckpointError(
+                f"config.json has `{name}` {count}, and the checkpoint only {len(index.tensors)} tensors; correct either"
+            )
 
 
 def _size(values: Mapping[str, Any], name: str) -> int:

@@ -59,9 +59,11 @@ def verify(
     *,
     tokens: int = TOKENS,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Verified, ...]:
-    """Run each layer on random tokens in `dtype` and compare with the reference computed from `tensors` of `index`.
+    """Run each layer on random tokens and compare with the reference computed from `tensors` of `index`.
+
+    In `dtype`; None is the sharpest that the layer's backend has on its device, float32 or else bfloat16.
 
     Raises `VerificationError` at the first layer whose figure is beyond its tolerance or not a number.
     """
@@ -69,11 +71,12 @@ def verify(
     by_name = {each.name: each for each in tensors}
     with Checkpoint(index) as checkpoint:
         for layer, layer_plan in zip(layers, plan.layers, strict=True):
-            x_TD = random_tokens(tokens, layer_plan.hidden_size, seed + layer.index).to(dtype)
-            names = [layer_plan.format] + ([layer_plan.shared_format] if layer_plan.shared_format else [])
-            allowed = tolerance(names, dtype, max(layer_plan.hidden_size, layer_plan.width, layer_plan.shared_width))
-            expected_TD, clear_T = reference_layer(checkpoint, by_name[layer.name], plan.router, x_TD)
             device = next(layer.parameters()).device
+            compute = dtype or sharpest(layer_plan.backend, device)
+            x_TD = random_tokens(tokens, layer_plan.hidden_size, seed + layer.index).to(compute)
+            names = [layer_plan.format] + ([layer_plan.shared_format] if layer_plan.shared_format else [])
+            allowed = tolerance(names, compute, max(layer_plan.hidden_size, layer_plan.width, layer_plan.shared_width))
+            expected_TD, clear_T = reference_layer(checkpoint, by_name[layer.name], plan.router, x_TD)
             with torch.no_grad():
                 actual_TD = layer(x_TD.to(device)).cpu().double()
             if not clear_T.any():
@@ -88,7 +91,7 @@ def verify(
             if not figure <= allowed:  # also where it is NaN
                 raise VerificationError(
                     f"layer {layer.index} (`{layer.name}`) is off by {figure:.3g} of its largest output, allowed are "
-                    f"{allowed:.3g} in {dtype_name(dtype)}; the layer was loaded wrongly or its backend "
+                    f"{allowed:.3g} in {dtype_name(compute)}; the layer was loaded wrongly or its backend "
                     f"`{layer_plan.backend}` is at fault: try --set server.moe_runner_backend=eager",
                     layer=layer.index,
                     figure=figure,
@@ -100,6 +103,11 @@ def verify(
                 )
             )
     return tuple(found)
+
+
+def sharpest(backend: str, device: torch.device) -> torch.dtype:
+    """The most exact dtype that a backend computes in; on a GPU `grouped_mm` has bfloat16 alone (torch 2.10 to 2.13)."""
+    return torch.bfloat16 if backend == "grouped_mm" and device.type != "cpu" else torch.float32
 
 
 def agreement(

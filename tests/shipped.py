@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gatekeeper.errors import Fault
-from gatekeeper.facts import Catalogue, parse_catalogue
+from gatekeeper.catalogue import Catalogue, parse_catalogue
 from gatekeeper.families import Family
 from gatekeeper.formats import Format
 from gatekeeper.providers import CheckpointReading, read_checkpoint

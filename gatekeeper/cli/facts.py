@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
+from gatekeeper.catalogue import FactSpec
 from gatekeeper.cli.options import facts_of_targets, json_option, print_json, rules_of, target_options
 from gatekeeper.decision import ranges
-from gatekeeper.facts import Facts, FactSpec, Runner
+from gatekeeper.facts import Facts, Runner
 from gatekeeper.values import ABSENT, UNKNOWN, Missing, Reading, plain, shown
 
 

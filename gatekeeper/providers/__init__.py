@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gatekeeper.catalogue import Catalogue
 from gatekeeper.checkpoint import Index, read_index
-from gatekeeper.facts import Catalogue
 from gatekeeper.families import Family
 from gatekeeper.formats import Format
 from gatekeeper.providers.config import load_config, read_config

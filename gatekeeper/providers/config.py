@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gatekeeper.catalogue import Catalogue, FactSpec
 from gatekeeper.errors import CheckpointError, FactError
-from gatekeeper.facts import Catalogue, FactSpec
 from gatekeeper.families import Family, select_family
 from gatekeeper.values import ABSENT, UNKNOWN, Reading, Readings, Values
 

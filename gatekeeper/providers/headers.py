@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from gatekeeper.catalogue import Catalogue
 from gatekeeper.checkpoint import Index, TensorInfo
 from gatekeeper.errors import FactError
-from gatekeeper.facts import Catalogue
 from gatekeeper.families import Family, MoeTensors, find_moe_layers
 from gatekeeper.formats import Format, Storage, recognise
 from gatekeeper.providers.config import ConfigFile, settled

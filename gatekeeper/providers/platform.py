@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from gatekeeper.catalogue import Catalogue
 from gatekeeper.errors import FactError
-from gatekeeper.facts import Catalogue
 from gatekeeper.source import nearest
 from gatekeeper.values import ABSENT, UNKNOWN, Arch, Reading, Readings, Version
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gatekeeper.catalogue import Catalogue
 from gatekeeper.errors import FactError
-from gatekeeper.facts import Catalogue
 from gatekeeper.families import MAX_EXPERTS, Family
 from gatekeeper.formats import Format, Storage, storage
 from gatekeeper.names import Excluded, canonical_method, excluded, matcher

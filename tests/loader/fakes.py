@@ -106,5 +106,24 @@ def layout(
     return {info.name: info for info in found}
 
 
+def named_after(which: Family, *, experts: int = 4, hidden: int = 64, width: int = 32) -> dict[str, TensorInfo]:
+    """The tensors of MoE layers 1 and 2 as a family names them, with one shared expert where it has one."""
+    names, found = which.names, []
+    for index in (1, 2):
+        block = names.block("main", index, 0)
+        found.append(tensor(f"{block}.{names.router}", "BF16", (experts, hidden)))
+        if names.router_bias:
+            found.append(tensor(f"{block}.{names.router_bias}", "F32", (experts,)))
+        if names.shared_gate:
+            found.append(tensor(f"{block}.{names.shared_gate}", "BF16", (1, hidden)))
+        modules = [*names.routed_modules(block, range(experts)), *names.shared_modules(block)]
+        down = names.projections["down"]
+        found += [
+            tensor(f"{module}.weight", "BF16", (hidden, width) if module.endswith(down) else (width, hidden))
+            for module in modules
+        ]
+    return {info.name: info for info in found}
+
+
 def index_of(tensors: Mapping[str, TensorInfo]) -> Index:
     return Index(folder=Path("nowhere"), tensors=dict(tensors))

@@ -69,17 +69,17 @@ def test_a_decision_that_is_an_error_stops_the_load(made: Callable[..., Path]) -
     ("other", "words"),
     [
         (INT4, "`quant.method` was `quark`, here it is `compressed-tensors`"),
-        (OLD_QUARK, "`layer.shared_storage.format` was `mxfp4` in layer 1, here it is `bf16`"),
+        (OLD_QUARK, "`layer.shared_storage.format` was `mxfp4` in layers 1-2, here it is `bf16`"),
         (QUARK | {"layers": 4}, "decided for 2 MoE layers, here there are 3"),
-        (QUARK | {"layers": 2}, "in layer 2, which is no MoE layer here"),
-        (V3, "`model.n_routed_experts` was 384, here it is 256"),
+        (QUARK | {"layers": 2}, "in layers 2, no MoE layer here"),
+        (V3, "`model.n_routed_experts` was `384`, here it is `256`"),
     ],
 )
 def test_decisions_made_for_another_checkpoint(made: Callable[..., Path], other: dict[str, Any], words: str) -> None:
     decisions = decisions_of(made(**QUARK))
     with pytest.raises(StaleDecisionError) as caught:
         loader.load_moe(made(**other), decisions)
-    assert words.replace("384, ", "`384`, ").replace("is 256", "is `256`") in str(caught.value)
+    assert words in str(caught.value)
 
 
 def test_decisions_for_another_runner_are_not_taken_for_this_one(made: Callable[..., Path]) -> None:

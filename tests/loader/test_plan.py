@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gatekeeper import CheckpointError, TensorInfo
+from gatekeeper import CheckpointError, TensorInfo, load_rules
 from loader import Plan, PlanError, build_plan
 from loader.accounts import Ledger
-from tests.loader.fakes import decided, facts_of, family, index_of, layout, tensor
+from loader.build import assemble
+from tests.loader.fakes import decided, facts_of, family, index_of, layout, named_after, tensor
 
 SHARED = "model.layers.{}.mlp.shared_experts.{}_proj.{}"
 
@@ -285,6 +286,37 @@ def test_the_ledger_balances() -> None:
     for rows in ((2, 4), (0, 2)):
         ledger.write(("a", 0), rows, "x", (rows, (0, 2)))
     assert ledger.faults() == []
+
+
+# -- families ---------------------------------------------------------------------------------------------------
+
+READABLE = [
+    name
+    for name, one in sorted(load_rules().families.items())
+    if one.names.routed and set(one.names.projections) == {"gate", "up", "down"}
+]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+@pytest.mark.parametrize("name", READABLE)
+def test_a_family_needs_no_python(name: str, fused: bool) -> None:
+    which = family(name)
+    has_shared = bool(which.names.shared)
+    tensors = named_after(which)
+    facts = facts_of(n_shared_experts=int(has_shared))
+    # Whatever this family says of its layers in config.json, the two that are there are the ones it has.
+    which = dataclasses.replace(which, moe_layer=family("deepseek_v3").moe_layer)
+    found = build_plan(index_of(tensors), which, facts, decided([1, 2] if fused and has_shared else []))
+    assert {p.key for p in found.placements} == set(tensors)
+    assert {layer.shared for layer in found.layers} == {"none" if not has_shared else "slot" if fused else "separate"}
+    for layer in found.layers:
+        assert assemble(layer, found.router).layer.index == layer.index, "its modules have the plan's parameters"
+
+
+def test_hostile_counts_are_refused_before_anything_is_done_that_often() -> None:
+    for count in ({"n_routed_experts": 2**40}, {"n_shared_experts": 2**40}):
+        with pytest.raises(CheckpointError, match="and the checkpoint only 34 tensors"):
+            plan(layout(), decided([1, 2], slots=2**40), **count)
 
 
 # -- random layouts -------------------------------------------------------------------------------------------------
