@@ -100,15 +100,20 @@ def _given(raw: Any) -> str:
 
 
 def _scalar(kind: str, raw: Any) -> Value:
+    if isinstance(raw, str) and not raw.isascii():
+        try:
+            raw.encode()
+        except UnicodeEncodeError:
+            raise ValueError("expected Unicode text; a lone surrogate is no character") from None
     if kind == "boolean":
         if isinstance(raw, bool):
             return raw
     elif kind in ("integer", "number"):
         if isinstance(raw, int | float) and not isinstance(raw, bool) and raw == raw:
-            if kind == "number":
-                return float(raw) if isinstance(raw, float) else int(raw)
             if abs(raw) < float("inf") and raw == int(raw):
-                return int(raw)
+                return int(raw)  # 10.0 is 10, in a digest too
+            if kind == "number" and abs(raw) < float("inf"):
+                return float(raw)
     elif kind in ("version", "arch"):
         # Their text counts: 2.10 is not 2.1. A number of JSON has no text of its own, so it is refused.
         text = raw.text if isinstance(raw, WrittenInt | WrittenFloat) else raw
@@ -119,9 +124,13 @@ def _scalar(kind: str, raw: Any) -> Value:
         raise ValueError(f"expected a text such as `{'2.10' if kind == 'version' else 'sm90'}`, not {_given(raw)}")
     elif isinstance(raw, str):
         return raw
-    article = "an" if kind[0] in "aeiou" else "a"
-    what = {"string": "a text", "enum": "a text"}.get(kind, f"{article} {kind}")
+    what = "a text" if kind in ("string", "enum") else a_type(kind)
     raise ValueError(f"expected {what}, not {_given(raw)}")
+
+
+def a_type(kind: str) -> str:
+    """Return a type as a sentence has it: `an integer`, `a list`."""
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 class Catalogue(Mapping[str, FactSpec]):
@@ -328,6 +337,7 @@ def parse_catalogue(documents: list[Document], faults: list[Fault]) -> Catalogue
 
 def _parse_spec(name: str, raw: dict[str, Any], where: Where, faults: list[Fault]) -> FactSpec | None:
     try:
+        _check_shape(raw)
         fields = {
             key: FactSpec(name=f"{name}.{key}", type=one["type"], doc=one["doc"], where=where, **_typing(one))
             for key, one in raw.get("fields", {}).items()
@@ -338,7 +348,7 @@ def _parse_spec(name: str, raw: dict[str, Any], where: Where, faults: list[Fault
             doc=raw["doc"],
             where=where,
             from_=tuple(raw.get("from", ())),
-            derive=parse_expression(raw["derive"]) if "derive" in raw else None,
+            derive=parse_expression(_text(raw["derive"])) if "derive" in raw else None,
             given_by=tuple(raw.get("given_by", ())),
             fields=fields,
             null_means_absent=raw.get("null_means") == "absent",
@@ -346,15 +356,35 @@ def _parse_spec(name: str, raw: dict[str, Any], where: Where, faults: list[Fault
             **_typing(raw),
         )
         default = raw.get("default")
-        if isinstance(default, dict) and spec.type != "record":
-            return replace(spec, default_derive=parse_expression(default["derive"]))
-        if default is not None:
+        if isinstance(default, dict):
+            spec = replace(spec, default_derive=parse_expression(_text(default["derive"])))
+        elif default is not None:
             spec = replace(spec, default=spec.coerce(default))
         choices = raw.get("controllable", ())
         return replace(spec, controllable=tuple(spec.coerce(c) for c in (choices if choices is not True else ())))
     except ValueError as error:
         faults.append(Fault("bad-fact", f"fact `{name}`: {error}", where))
         return None
+
+
+def _check_shape(raw: dict[str, Any]) -> None:
+    """Raise `ValueError` where a declaration's keys do not go together."""
+    kind = raw["type"]
+    for key, owner in (("fields", "record"), ("values", "enum")):
+        if kind == owner and not raw.get(key):
+            raise ValueError(f"{a_type(kind)} needs `{key}`; add them")
+        if kind != owner and key in raw:
+            raise ValueError(f"`{key}` goes with the type {owner}, not with {kind}")
+    if "items" in raw and kind != "list":
+        raise ValueError(f"`items` goes with the type list, not with {kind}")
+    if kind == "record" and raw.keys() & {"derive", "default", "controllable", "minimum"}:
+        raise ValueError("a record has no value of its own; say it of its fields")
+    for one in raw.get("fields", {}).values():
+        _check_shape(one)
+
+
+def _text(value: Any) -> str:
+    return str(getattr(value, "text", value))
 
 
 def _typing(raw: dict[str, Any]) -> dict[str, Any]:

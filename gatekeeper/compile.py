@@ -221,6 +221,12 @@ def fill(template: str, values: Values, extra: dict[str, str] | None = None) -> 
         if extra and found[1] in extra:
             return extra[found[1]]
         value: Value | Any | None = values.get(found[1])
-        return "unknown" if value is None else shown(value)
+        if value is None:
+            # A record is there by its fields.
+            start = found[1] + "."
+            value = {name.removeprefix(start): one for name, one in values.items() if name.startswith(start)}
+            if all(one is ABSENT for one in value.values()):
+                return "none" if value else "unknown"
+        return shown(value)
 
     return TEMPLATE.sub(place, template)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, Union
 
-from gatekeeper.catalogue import Catalogue, FactSpec
+from gatekeeper.catalogue import Catalogue, FactSpec, a_type
 from gatekeeper.errors import Fault, Where
 from gatekeeper.operators import NEGATED, OPERATORS
 from gatekeeper.source import Document, nearest
@@ -133,7 +133,7 @@ class ConditionParser:
             return []
         if spec.type in ("list", "record") and not isinstance(test, dict):
             words = "contains, any_item, every_item or covers" if spec.type == "list" else "eq or ne with {fact: …}"
-            self._fault("no-shorthand", f"`{fact}` is a {spec.type}; test it with {words}", where)
+            self._fault("no-shorthand", f"`{fact}` is {a_type(spec.type)}; test it with {words}", where)
             return []
         given = test if isinstance(test, dict) else {"in" if isinstance(test, list) else "eq": test}
         tests: list[Condition] = []
@@ -155,7 +155,8 @@ class ConditionParser:
         op = OPERATORS[word]
         if spec.type not in op.left:
             allowed = [w for w, o in OPERATORS.items() if spec.type in o.left]
-            self._fault("wrong-operator", f"`{word}` can't test a {spec.type}; use {', '.join(allowed)}", where)
+            message = f"`{word}` can't test {a_type(spec.type)}; use {', '.join([*allowed, 'absent'])}"
+            self._fault("wrong-operator", message, where)
             return None
         if isinstance(raw, dict) and set(raw) == {"fact"} and op.operand in ("same", "list", "item"):
             return self._reference(spec, word, raw["fact"], where)
@@ -169,6 +170,8 @@ class ConditionParser:
             if op.operand == "name":
                 if not isinstance(raw, str):
                     raise ValueError("expected a module name")
+                if self.fact("quant.method", where) is None:  # it says by whose rules the list is read
+                    return None
                 names = self.template(raw, where)
                 return Test(spec.name, word, raw, where, (*names, "quant.method"))
             if spec.type == "record":
@@ -204,7 +207,9 @@ class ConditionParser:
         if wanted == "record" and other.type == "record":
             fits = set(spec.fields) == set(other.fields)
         if not fits:
-            self._fault("wrong-type", f"`{spec.name}` is a {spec.type}, `{name}` a {other.type}", where)
+            need = f"a list of {a_type(spec.type)[2:].strip()} items" if wanted == "list" else a_type(wanted)
+            message = f"`{name}` is {a_type(other.type)}; `{word}` of `{spec.name}` needs {need}"
+            self._fault("wrong-type", message, where)
             return None
         return Test(spec.name, word, FactRef(name), where, (name,))
 

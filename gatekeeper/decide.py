@@ -9,7 +9,7 @@ from typing import Any
 
 from gatekeeper import log
 from gatekeeper.asked import Asked, read_request
-from gatekeeper.conditions import All, FactRef, facts_of
+from gatekeeper.conditions import TEMPLATE, All, FactRef, facts_of
 from gatekeeper.decision import Decision, Decisions, LayerDecision, State, ranges
 from gatekeeper.errors import FactError
 from gatekeeper.facts import Facts
@@ -46,6 +46,9 @@ class _Feature:
         self.gates = [CompiledGate(rules, gate) for gate in rules.gates[feature.name]]
         self.facts = _facts_used(feature, rules.gates[feature.name], rules)
         self.layer_facts = tuple(name for name in self.facts if rules.catalogue.is_layer_fact(name))
+        told = _facts_told(rules.gates[feature.name], rules)
+        self.layer_key = (*self.layer_facts, *(name for name in told if rules.catalogue.is_layer_fact(name)))
+        """Layers that agree in these are decided once: what is tested, and what a reason tells."""
 
     def decide(self, facts: Facts) -> Decision:
         asked = read_request(self.feature.request, facts.values)
@@ -122,7 +125,7 @@ class _Feature:
         cache: dict[tuple[Any, ...], Verdict] = {}
         layers = []
         for readings, own in zip(facts.runner_layers, facts.runner_layer_values, strict=True):
-            key = tuple(own.get(name) for name in self.layer_facts)
+            key = tuple(own.get(name) for name in self.layer_key)
             if key not in cache:
                 cache[key] = judge({**facts.values, **own}, readings)
             layers.append(_layer_decision(own, readings, cache[key]))
@@ -155,7 +158,7 @@ def _layer_decision(own: Values, readings: Readings, verdict: Verdict) -> LayerD
     return LayerDecision(
         index=index if isinstance(index, int) else None,
         name=name if isinstance(name, str) else None,
-        role=str(readings["layer.role"].value),
+        role=str(readings["layer.role"].value) if "layer.role" in readings else "main",
         state=verdict.state,
         option=verdict.option,
         degraded=verdict.degraded,
@@ -192,6 +195,18 @@ def _facts_used(feature: Feature, gates: Sequence[Gate], rules: RuleSet) -> tupl
         for outputs in (gate.outputs, *(option.outputs for option in gate.options)):
             names |= {value.name for value in outputs.values() if isinstance(value, FactRef)}
     names |= {o.value.name for o in feature.outputs.values() if isinstance(o.value, FactRef)}
+    return _fields(names, rules)
+
+
+def _facts_told(gates: Sequence[Gate], rules: RuleSet) -> tuple[str, ...]:
+    requires = [one for gate in gates for one in gate.requires]
+    requires += [one for gate in gates for option in gate.options for one in option.requires]
+    places = {found[1] for one in requires for found in TEMPLATE.finditer(one.reason)}
+    return _fields({name for name in places if name in rules.catalogue}, rules)
+
+
+def _fields(names: set[str], rules: RuleSet) -> tuple[str, ...]:
+    """Return names sorted, a record's replaced by those of its fields."""
     expanded: set[str] = set()
     for name in names:
         fields = rules.catalogue[name].fields

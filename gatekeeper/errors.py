@@ -39,7 +39,8 @@ class RuleError(GatekeeperError):
     """A rule set, table or map that can't be used; `faults` has everything found in one run."""
 
     def __init__(self, faults: list[Fault]) -> None:
-        self.faults = tuple(sorted(set(faults), key=lambda f: (f.where.file, f.where.line, f.where.column, f.code)))
+        places = {fault: (fault.where.file, fault.where.line, fault.where.column) for fault in faults}
+        self.faults = tuple(sorted(places, key=lambda fault: (*places[fault], fault.code, fault.message)))
         super().__init__("\n".join(map(str, self.faults)))
 
 

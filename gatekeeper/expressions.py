@@ -7,16 +7,18 @@ false; `and`, `or`, `not` and conditionals are strong Kleene.
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from gatekeeper.values import ABSENT, UNKNOWN, Missing, Value, Values, records_equal
+from gatekeeper.values import ABSENT, UNKNOWN, Arch, Missing, Value, Values, Version, records_equal
 
 Evaluate: TypeAlias = Callable[[Values], "Value | Missing"]
 
 MAX_LENGTH = 1000
+MAX_DEPTH = 64  # each level costs frames of Python's stack, to compile and to evaluate
 MAX_BITS = 4096  # past this a product of facts is a mistake, and would only burn time
 
 
@@ -40,7 +42,7 @@ def parse_expression(text: str) -> Expression:
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError(f"`{text}` is not an expression") from None
+        raise ValueError(f"`{_cut(text)}` is not an expression; expected one such as `model.a + 1`") from None
     compiler = _Compiler()
     evaluate = compiler.compile(tree.body)
     return Expression(text, frozenset(compiler.names), evaluate)
@@ -67,17 +69,23 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 class _Compiler:
     def __init__(self) -> None:
         self.names: set[str] = set()
+        self._depth = 0
 
     def compile(self, node: ast.expr) -> Evaluate:
+        if self._depth >= MAX_DEPTH:
+            raise ValueError(f"an expression nested deeper than {MAX_DEPTH} levels; name parts of it as facts")
         method = getattr(self, f"_{type(node).__name__.lower()}", None)
         if method is None:
-            raise ValueError(f"`{ast.unparse(node)}` is not allowed in an expression")
-        return method(node)  # type: ignore[no-any-return]
+            raise ValueError(f"{_source(node)} is not allowed in an expression")
+        self._depth += 1
+        evaluate: Evaluate = method(node)
+        self._depth -= 1
+        return evaluate
 
     def _constant(self, node: ast.Constant) -> Evaluate:
         value = node.value
         if not isinstance(value, int | float | str) or isinstance(value, bool):
-            raise ValueError(f"`{ast.unparse(node)}` is not allowed; write `true` or `false`, a number or a text")
+            raise ValueError(f"{_source(node)} is not allowed; write `true` or `false`, a number or a text")
         return lambda values: value
 
     def _name(self, node: ast.Name) -> Evaluate:
@@ -93,7 +101,7 @@ class _Compiler:
             parts.append(inner.attr)
             inner = inner.value
         if not isinstance(inner, ast.Name):
-            raise ValueError(f"`{ast.unparse(node)}` is not a fact")
+            raise ValueError(f"{_source(node)} is not a fact; expected a name such as `model.n_routed_experts`")
         name = ".".join([inner.id, *reversed(parts)])
         self.names.add(name)
         return lambda values: values.get(name, UNKNOWN)
@@ -113,7 +121,7 @@ class _Compiler:
             return negate
         if isinstance(node.op, ast.USub):
             return lambda values: _strict(lambda items: -_number(items[0]), inner(values))
-        raise ValueError(f"`{ast.unparse(node)}` is not allowed in an expression")
+        raise ValueError(f"{_source(node)} is not allowed in an expression; use `-` or `not`")
 
     def _boolop(self, node: ast.BoolOp) -> Evaluate:
         items = [self.compile(item) for item in node.values]
@@ -142,7 +150,7 @@ class _Compiler:
     def _binop(self, node: ast.BinOp) -> Evaluate:
         apply = _ARITHMETIC.get(type(node.op))
         if apply is None:
-            raise ValueError(f"`{ast.unparse(node)}` is not allowed; use + - * / // %")
+            raise ValueError(f"{_source(node)} is not allowed; use + - * / // %")
         left, right = self.compile(node.left), self.compile(node.right)
         divides = isinstance(node.op, ast.Div | ast.FloorDiv | ast.Mod)
         exact = isinstance(node.op, ast.Div)
@@ -156,9 +164,10 @@ class _Compiler:
             if isinstance(a, int) and isinstance(b, int) and a.bit_length() + b.bit_length() > MAX_BITS:
                 return ABSENT
             try:
-                return apply(a, b)  # type: ignore[no-any-return]
+                result: int | float = apply(a, b)
             except OverflowError:
                 return ABSENT
+            return result if isinstance(result, int) or math.isfinite(result) else ABSENT
 
         return lambda values: _strict(calculate, left(values), right(values))
 
@@ -177,7 +186,7 @@ class _Compiler:
 
     def _comparison(self, op: ast.cmpop, left: Evaluate, right: Evaluate) -> Callable[[Values], bool | None]:
         if isinstance(op, ast.In | ast.NotIn):
-            compare: Callable[[Any, Any], bool] = lambda a, b: a in _sequence(b)  # noqa: E731  # one of a table
+            compare: Callable[[Any, Any], bool] = _is_item
         elif type(op) in _COMPARISONS:
             compare = _COMPARISONS[type(op)] if not isinstance(op, ast.NotEq) else operator.eq
         else:
@@ -193,23 +202,53 @@ class _Compiler:
             elif a is UNKNOWN or b is UNKNOWN:
                 truth = None
             else:
-                try:
-                    truth = isinstance(a, bool) == isinstance(b, bool) and bool(compare(a, b))
-                except TypeError:
-                    raise ValueError(f"can't compare `{a}` with `{b}`") from None
+                truth = _compared(compare, a, b)
             return truth if truth is None else truth != negated
 
         return evaluate
 
     def _call(self, node: ast.Call) -> Evaluate:
-        name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
-        if name not in _FUNCTIONS or node.keywords or not node.args:
-            raise ValueError(f"`{name}(…)` is not allowed; the functions are {', '.join(sorted(_FUNCTIONS))}")
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        if name not in _FUNCTIONS or node.keywords:
+            raise ValueError(f"{_source(node)} is not allowed; the functions are {', '.join(sorted(_FUNCTIONS))}")
         items = [self.compile(item) for item in node.args]
         lowest, highest, apply = _FUNCTIONS[name]
         if not lowest <= len(items) <= highest:
-            raise ValueError(f"`{name}` takes {lowest}{'' if lowest == highest else ' or more'} operands")
+            wanted = str(lowest) if lowest == highest else f"{lowest} to {highest}"
+            raise ValueError(f"`{name}` takes {wanted} operand{'s' * (highest > 1)}, not {len(items)}")
         return lambda values: apply(*(item(values) for item in items))
+
+
+def _source(node: ast.expr) -> str:
+    try:
+        return f"`{_cut(ast.unparse(node))}`"
+    except RecursionError:
+        return "this"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _compared(compare: Callable[[Any, Any], bool], left: Any, right: Any) -> bool:
+    """Compare two known values; a text beside a version or an architecture is read as one. Booleans are no numbers."""
+    if isinstance(left, Version | Arch) and isinstance(right, str):
+        right = type(left)(right)
+    elif isinstance(right, Version | Arch) and isinstance(left, str):
+        left = type(right)(left)
+    if compare is not _is_item and isinstance(left, bool) != isinstance(right, bool):
+        return False
+    try:
+        return bool(compare(left, right))
+    except (TypeError, AttributeError):
+        raise ValueError(f"can't compare `{left}` with `{right}`") from None
+
+
+def _is_item(item: Any, items: Any) -> bool:
+    # In a text this would be a test of a substring, and rules have none.
+    if not isinstance(items, tuple):
+        raise ValueError(f"`{items}` is not a list")
+    return any(_compared(operator.eq, item, one) for one in items)
 
 
 def _strict(apply: Callable[[tuple[Any, ...]], Value | Missing], *items: Value | Missing) -> Value | Missing:

@@ -54,7 +54,9 @@ class Facts:
         if self.layers is None:
             return None
         role = ROLE_OF[self.runner]
-        return tuple(layer for layer in self.layers if layer["layer.role"].value == role)
+        # A rule set may do without the fact; then all layers are the target's.
+        main = Reading("main")
+        return tuple(layer for layer in self.layers if layer.get("layer.role", main).value == role)
 
     @cached_property
     def runner_layer_values(self) -> tuple[Values, ...] | None:
@@ -93,7 +95,8 @@ def make_facts(
             for name in one:
                 if not catalogue.is_layer_fact(name):
                     raise FactError(f"`{name}` can't stand in a layer: it is a fact of the whole model")
-            one.setdefault("layer.role", Reading("main", "default"))
+            if "layer.role" in catalogue and ("layer.role" not in one or one["layer.role"].value is ABSENT):
+                one["layer.role"] = Reading("main", "default")
             typed_layers.append(one)
     for name in typed:
         if name.startswith("layer."):
@@ -139,7 +142,7 @@ def from_record(catalogue: Catalogue, record: Mapping[str, Any]) -> Facts:
         if name not in catalogue:
             raise FactError(f"unknown fact `{name}` under `unknown`{nearest(name, catalogue)}")
     given = _readings(catalogue, record.get("facts", {}))
-    for name in hidden:
+    for name in dict.fromkeys(hidden):
         if name in given:
             raise FactError(f"`{name}` is both given and named under `unknown`")
         given[name] = Reading(UNKNOWN, "", "named as unknown")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -10,13 +11,17 @@ from gatekeeper.data import data_folder
 from gatekeeper.errors import Fault, RuleError, Where
 from gatekeeper.parse_rules import MANIFEST, RuleParser
 from gatekeeper.rules import RuleSet
-from gatekeeper.source import Document, check_schema, parse_yaml, read_yaml
+from gatekeeper.source import Document, scan_file, scan_yaml, schema_faults
 
 # Kind of file by its folder, and of the files that stand alone.
 _FOLDERS = {"features": "feature", "gates": "gate", "facts": "facts", "families": "family", "formats": "format"}
 _ALONE = {f"{kind}.yaml": kind for kind in ("conditions", "requirements", "platforms", "layouts")}
 # What a rule set takes from the one that it extends.
-_INHERITED = frozenset({"feature", "facts", "family", "format", *_ALONE.values()})
+_BROKEN = "broken"
+_INHERITED = frozenset({"feature", "facts", "family", "format", *_ALONE.values(), _BROKEN})
+# Keys whose entries stand each for itself, and keys whose entries other files name.
+_ENTRIES = frozenset({"requires", "options", "facts", "conditions", "requirements", "platforms", "layouts"})
+_DECLARING = frozenset({"facts", "conditions", "requirements", "feature"})
 
 
 @cache
@@ -38,41 +43,46 @@ def parse_rule_set(files: Mapping[str, str]) -> RuleSet:
     faults: list[Fault] = []
     documents = []
     for name, text in sorted(files.items()):
-        try:
-            documents.append((name, parse_yaml(text, name)))
-        except RuleError as error:
-            faults += error.faults
+        document, found = scan_yaml(text, name)
+        documents.append((name, document))
+        faults += found
     return _build(_by_kind(documents, faults), faults)
 
 
 def _read_folder(folder: Path, faults: list[Fault], opened: tuple[Path, ...]) -> dict[str, list[Document]]:
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        message = f"not a rule set: expected a folder with `{MANIFEST}`; name one with --rules"
-        raise RuleError([Fault("no-manifest", message, Where(str(folder)))])
+    try:
+        if not (folder / MANIFEST).is_file():
+            message = f"not a rule set: expected a folder with `{MANIFEST}`; name one with --rules"
+            raise RuleError([Fault("no-manifest", message, Where(str(folder)))])
+        paths = list(_rule_files(folder))
+    except OSError as error:
+        message = f"can't read this folder: {error.strerror}; name a rule set with --rules"
+        raise RuleError([Fault("unreadable", message, Where(str(error.filename or folder)))]) from None
     documents = []
-    for path in _rule_files(folder):
-        try:
-            documents.append((path.relative_to(folder).as_posix(), read_yaml(path, _short(path))))
-        except RuleError as error:
-            faults += error.faults
+    for path in paths:
+        document, found = scan_file(path, _short(path))
+        documents.append((path.relative_to(folder).as_posix(), document))
+        faults += found
     kinds = _by_kind(documents, faults)
     base = kinds["ruleset"][0].data.get("extends") if kinds["ruleset"] else None
-    if base is not None:
-        base_folder = data_folder("rules") if base == "shipped" else (folder / base).resolve()
-        if base_folder in opened or base_folder == folder.resolve():
-            where = kinds["ruleset"][0].where(("extends",))
-            raise RuleError([Fault("cycle", f"`{base}` extends this rule set in turn", where)])
-        inherited = _read_folder(base_folder, faults, (*opened, folder.resolve()))
-        kinds = {k: [*(inherited[k] if k in _INHERITED else []), *own] for k, own in kinds.items()}
-    return kinds
+    if base is None:
+        return kinds
+    where = kinds["ruleset"][0].where(("extends",))
+    base_folder = data_folder("rules") if base == "shipped" else (folder / base).resolve()
+    if base_folder in opened or base_folder == folder.resolve():
+        raise RuleError([*faults, Fault("cycle", f"`{base}` extends this rule set in turn", where)])
+    if not (base_folder / MANIFEST).is_file():
+        message = f"`{base}` is no rule set; expected `shipped`, or the path of a folder with `{MANIFEST}`"
+        raise RuleError([*faults, Fault("no-manifest", message, where)])
+    inherited = _read_folder(base_folder, faults, (*opened, folder.resolve()))
+    return {k: [*(inherited[k] if k in _INHERITED else []), *own] for k, own in kinds.items()}
 
 
 def _short(path: Path) -> str:
     """Show a path as a person would type it: relative to here if it is below, else as given."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
+    except (ValueError, OSError):  # OSError: the current folder is gone
         return str(path)
 
 
@@ -80,14 +90,16 @@ def _rule_files(folder: Path) -> Iterable[Path]:
     """Yield the YAML files of this rule set; a folder with a manifest of its own is another."""
     for path in sorted(folder.iterdir()):
         if path.is_dir():
-            if not (path / MANIFEST).exists():
+            # A link to a folder above would be walked for ever.
+            above = path.is_symlink() and path.resolve() in path.absolute().parents
+            if not above and not (path / MANIFEST).exists():
                 yield from _rule_files(path)
         elif path.suffix in (".yaml", ".yml"):
             yield path
 
 
 def _by_kind(documents: list[tuple[str, Document]], faults: list[Fault]) -> dict[str, list[Document]]:
-    kinds: dict[str, list[Document]] = {k: [] for k in ("ruleset", *_FOLDERS.values(), *_ALONE.values())}
+    kinds: dict[str, list[Document]] = {k: [] for k in ("ruleset", *_FOLDERS.values(), *_ALONE.values(), _BROKEN)}
     for name, document in documents:
         top = PurePosixPath(name).parts[0]
         kind = "ruleset" if name == MANIFEST else _ALONE.get(name) or (_FOLDERS.get(top) if "/" in name else None)
@@ -95,17 +107,65 @@ def _by_kind(documents: list[tuple[str, Document]], faults: list[Fault]) -> dict
             expected = ", ".join([MANIFEST, *_ALONE, *(f"{folder}/" for folder in _FOLDERS)])
             message = f"a rule set has no `{name}`; expected one of {expected}"
             faults.append(Fault("unexpected-file", message, document.where()))
-        elif found := check_schema(document, kind):
-            faults += found
-        else:
+            continue
+        if document.data is None and any(fault.where.file == document.file for fault in faults):
+            kinds[_BROKEN].append(document)
+            continue
+        found = list(schema_faults(document, kind))
+        faults += [fault for _, fault in found]
+        if found:
+            kinds[_BROKEN].append(document)
+            document = _without(document, [path for path, _ in found])
+        if document.data is not None:
             kinds[kind].append(document)
     return kinds
 
 
+def _without(document: Document, paths: list[tuple[str | int, ...]]) -> Document:
+    """Leave the entries out that are at fault, so that the others can be checked; no data if that can't be done."""
+    if not all(len(path) > 1 and path[0] in _ENTRIES for path in paths):
+        return document.with_data(None)
+    data = {**document.data}
+    for top, entry in {(path[0], path[1]) for path in paths}:
+        if isinstance(data[top], list):
+            # None keeps the places of the others.
+            data[top] = [None if index == entry else one for index, one in enumerate(data[top])]
+        else:
+            data[top] = {name: one for name, one in data[top].items() if name != entry}
+    return document.with_data(data)
+
+
 def _build(kinds: dict[str, list[Document]], faults: list[Fault]) -> RuleSet:
-    builder = RuleParser(kinds, faults)
-    rules = builder.build()
+    broken = kinds.pop(_BROKEN)
+    rules = RuleParser(kinds, faults, partial=frozenset(document.file for document in broken)).build()
     if faults:
-        raise RuleError(faults)
+        raise RuleError(_first_causes(faults, kinds, broken))
     assert rules is not None
     return rules
+
+
+_FOLLOWING = frozenset({"unknown-fact", "unknown-condition", "unknown-requirement", "unknown-feature"})
+_UNKNOWN = re.compile(r"unknown \w+ `([^`]+)`")
+_WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def _first_causes(faults: list[Fault], kinds: dict[str, list[Document]], broken: list[Document]) -> list[Fault]:
+    """Leave out what is unknown only because the file that declares it, or the entry there, is at fault itself."""
+    if not kinds["ruleset"]:
+        # Without its manifest it is not known what the rule set extends.
+        return [fault for fault in faults if fault.code not in _FOLLOWING]
+    declared: set[str] = set()
+    for document in [*broken, *kinds["facts"]]:
+        if not isinstance(document.data, dict):
+            declared.update(_WORD.findall(document.text))
+            continue
+        for key in _DECLARING & document.data.keys():
+            content = document.data[key]
+            declared.update(content if isinstance(content, dict) else [str(content)])
+
+    def follows(fault: Fault) -> bool:
+        found = _UNKNOWN.search(fault.message) if fault.code in _FOLLOWING else None
+        parts = found[1].split(".") if found else []
+        return any(".".join(parts[:count]) in declared for count in range(1, len(parts) + 1))
+
+    return [fault for fault in faults if not follows(fault)]

@@ -76,8 +76,8 @@ def feature_flag_attributes(logger: Any, name: str, event: MutableMapping[str, A
 @contextmanager
 def quiet() -> Iterator[None]:
     """Drop the events of decisions that nobody acts on, such as those of a table's rows."""
-    _muted.set(True)
+    token = _muted.set(True)
     try:
         yield
     finally:
-        _muted.set(False)
+        _muted.reset(token)

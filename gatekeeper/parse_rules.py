@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any, TypeVar
 
-from gatekeeper.catalogue import FactSpec, parse_catalogue
+from gatekeeper.catalogue import FactSpec, a_type, parse_catalogue
 from gatekeeper.conditions import (
     ALWAYS,
     All,
@@ -40,25 +40,28 @@ RESERVED_OPTIONS = frozenset({"auto", "on", "off"})
 class RuleParser:
     """Builds one rule set from its documents by kind; every fault goes to `faults`."""
 
-    def __init__(self, kinds: dict[str, list[Document]], faults: list[Fault]) -> None:
+    def __init__(
+        self, kinds: dict[str, list[Document]], faults: list[Fault], partial: frozenset[str] = frozenset()
+    ) -> None:
         self.kinds = kinds
         self.faults = faults
+        self.partial = partial
+        """Files of which entries are left out."""
         self.catalogue = parse_catalogue(kinds["facts"], faults)
-        named = {
-            name: (document, raw)
-            for document in kinds["conditions"]
-            for name, raw in document.data["conditions"].items()
-        }
-        self.conditions = ConditionParser(self.catalogue, named, faults)
+        self.conditions = ConditionParser(self.catalogue, self._named("conditions"), faults)
         self.shared: dict[str, Requirement] = {}
+        self._absence_meant: set[str] = set()  # shared requirements that say what absent means
+        self._outputs: dict[tuple[str, str], FactSpec] = {}
+        self._unclear: set[int] = set()  # gates whose `applies_to` is at fault
 
     def build(self) -> RuleSet | None:
         for document in self.kinds["conditions"]:
             for name in document.data["conditions"]:
                 self.conditions._use(name, document.where(("conditions", name)))
-        for document in self.kinds["requirements"]:
-            for name, raw in document.data["requirements"].items():
-                self.shared[name] = self._requirement(document, {**raw, "id": name}, ("requirements", name), ALWAYS)
+        for name, (document, raw) in self._named("requirements").items():
+            self.shared[name] = self._requirement(document, {**raw, "id": name}, ("requirements", name), ALWAYS)
+            if "absent_passes" in raw:
+                self._absence_meant.add(name)
         features: dict[str, Feature] = {}
         gates: list[tuple[Document, Gate]] = []
         for document in self.kinds["feature"]:
@@ -77,8 +80,9 @@ class RuleParser:
                 gates.append((document, self._gate(document, features[name])))
         self._check_gates(gates)
         manifest = self._manifest()
-        families = {family.name: family for family in self._parsed("family", Family.parse)}
-        formats = {one.name: one for one in self._parsed("format", Format.parse)}
+        families = self._parsed("family", Family.parse)
+        formats = self._parsed("format", Format.parse)
+        platforms, layouts = self._presets("platforms"), self._presets("layouts")
         if self.faults or manifest is None:
             return None
         return RuleSet(
@@ -90,17 +94,34 @@ class RuleParser:
             gates={name: tuple(gate for _, gate in gates if gate.feature == name) for name in sorted(features)},
             families=families,
             formats=formats,
-            platforms=self._presets("platforms"),
-            layouts=self._presets("layouts"),
+            platforms=platforms,
+            layouts=layouts,
         )
 
-    def _parsed(self, kind: str, parse: Callable[[Document], T]) -> list[T]:
-        found = []
+    def _named(self, kind: str) -> dict[str, tuple[Document, Any]]:
+        """Return the entries of conditions.yaml or requirements.yaml; those of a base can't be declared again."""
+        found: dict[str, tuple[Document, Any]] = {}
+        for document in self.kinds[kind]:
+            for name, raw in document.data[kind].items():
+                if name in found:
+                    first = found[name][0].where((kind, name))
+                    message = f"{kind[:-1]} `{name}` is declared in {first} too; give this one another name"
+                    self._fault(f"duplicate-{kind[:-1]}", message, document, (kind, name))
+                found.setdefault(name, (document, raw))
+        return found
+
+    def _parsed(self, kind: str, parse: Callable[[Document], T]) -> dict[str, T]:
+        found: dict[str, T] = {}
         for document in self.kinds[kind]:
             try:
-                found.append(parse(document))
+                one = parse(document)
             except RuleError as error:
                 self.faults += error.faults
+                continue
+            name = document.data[kind]
+            if name in found:
+                self._fault(f"duplicate-{kind}", f"{kind} `{name}` is declared twice", document, (kind,))
+            found[name] = one
         return found
 
     def _manifest(self) -> dict[str, Any] | None:
@@ -145,6 +166,9 @@ class RuleParser:
             spec = _output_spec(name, raw, at)
             value = ABSENT if "value" not in raw else self._output_value(spec, raw["value"], at)
             otherwise = ABSENT if raw["else"] is None else self._coerced(spec, raw["else"], at)
+            self._outputs[data["feature"], name] = spec
+            if isinstance(value, FactRef) and data.get("scope") != "layer":
+                self._check_output_scope(value, at)
             outputs[name] = Output(name=name, type=raw["type"], value=value, otherwise=otherwise)
         return Feature(
             name=data["feature"],
@@ -166,7 +190,7 @@ class RuleParser:
             wanted = ("string", "enum") if request.fact else ("boolean",)
             if spec.type not in wanted:
                 kind = "one fact" if request.fact else "flags"
-                message = f"`{name}` is a {spec.type}; a request by {kind} needs a {wanted[0]}"
+                message = f"`{name}` is {a_type(spec.type)}; a request by {kind} needs a {wanted[0]}"
                 self.faults.append(Fault("wrong-type", message, where))
             if self.catalogue.is_layer_fact(name):
                 self.faults.append(Fault("layer-fact", f"`{name}` differs from layer to layer; a request can't", where))
@@ -176,7 +200,7 @@ class RuleParser:
         if isinstance(raw, dict):
             other = self.conditions.fact(raw["fact"], where)
             if other is not None and not comparable(other.type, spec.type):
-                message = f"output `{spec.name}` is a {spec.type}, `{raw['fact']}` a {other.type}"
+                message = f"output `{spec.name}` is {a_type(spec.type)}, `{raw['fact']}` {a_type(other.type)}"
                 self.faults.append(Fault("wrong-type", message, where))
             return FactRef(raw["fact"])
         return self._coerced(spec, raw, where)
@@ -191,17 +215,21 @@ class RuleParser:
     def _gate(self, document: Document, feature: Feature) -> Gate:
         data = document.data
         scopes: Condition = ALWAYS
+        before = len(self.faults)
         if "applies_to" in data:
             scopes = self.conditions.parse(document, data["applies_to"], ("applies_to",))
             for name in sorted(facts_of(scopes)):
                 if name in self.catalogue and self.catalogue.is_layer_fact(name):
                     message = f"`applies_to` can't read `{name}`, which differs from layer to layer"
                     self._fault("layer-fact", message, document, ("applies_to",))
+        if len(self.faults) > before:
+            self._unclear.add(id(document))
         declared = document in self.kinds["feature"]
         requires = self._requirements(document, data.get("requires", []), ("requires",), feature)
         options = [
             self._option(document, raw, ("options", index), feature)
             for index, raw in enumerate(data.get("options", []))
+            if raw is not None
         ]
         for own in [[], *([*option.requires] for option in options)]:
             self._check_ids([*requires, *own])
@@ -211,7 +239,7 @@ class RuleParser:
         for output in feature.outputs.values():
             given = output.value is not ABSENT or output.name in outputs
             missing = [o.name for o in options if output.name not in o.outputs]
-            if not given and (missing or not options):
+            if not given and (missing or not options) and document.file not in self.partial:
                 by = f" with option `{missing[0]}`" if missing else ""
                 self._fault("no-output", f"nothing gives output `{output.name}`{by}", document, ())
         return Gate(
@@ -253,8 +281,9 @@ class RuleParser:
                 message = f"feature `{feature.name}` has no output `{name}`{nearest(name, feature.outputs)}"
                 self.faults.append(Fault("unknown-output", message, where))
                 continue
-            spec = FactSpec(name=name, type=feature.outputs[name].type, doc="", where=where)
-            given = self._output_value(spec, value, where)
+            given = self._output_value(self._outputs[feature.name, name], value, where)
+            if isinstance(given, FactRef) and feature.scope == "model":
+                self._check_output_scope(given, where)
             if not isinstance(given, Missing):
                 result[name] = given
         return result
@@ -269,6 +298,8 @@ class RuleParser:
     ) -> list[Requirement]:
         found: list[Requirement] = []
         for index, one in enumerate(raw):
+            if one is None:  # left out, for it is at fault
+                continue
             at = (*path, index)
             when = outer
             if "when" in one:
@@ -284,6 +315,13 @@ class RuleParser:
                 for name in sorted(facts_of(All((requirement.when, requirement.that)))):
                     self._check_model_scope(name, requirement)
         return found
+
+    def _check_output_scope(self, value: FactRef, where: Where) -> None:
+        if value.name in self.catalogue and self.catalogue.is_layer_fact(value.name):
+            message = (
+                f"`{value.name}` differs from layer to layer; give a fact of the whole model, or use `scope: layer`"
+            )
+            self.faults.append(Fault("layer-fact", message, where))
 
     def _check_model_scope(self, name: str, requirement: Requirement) -> None:
         in_layers = any(
@@ -305,6 +343,8 @@ class RuleParser:
             self.faults.append(Fault("unknown-requirement", message, where))
             return []
         shared = self.shared[name]
+        if raw.get("protects") == "correctness" and name not in self._absence_meant:
+            self._check_absence(name, shared.that, where)
         return [
             replace(
                 shared,
@@ -324,14 +364,7 @@ class RuleParser:
         that = self.conditions.parse(document, raw["that"], (*path, "that"))
         self.conditions.template(raw["reason"], document.where((*path, "reason")), frozenset({"difference"}))
         if raw["protects"] == "correctness" and "absent_passes" not in raw:
-            known = [name for name in facts_of(that) if name in self.catalogue]
-            test = passes_if_absent(that, self.catalogue) if len(known) == len(facts_of(that)) else None
-            if test is not None:
-                message = (
-                    f"`{raw['id']}` protects correctness, and an absent `{test.fact}` would pass it; "
-                    "write `absent: false` beside the test, or `absent_passes: because …`"
-                )
-                self.faults.append(Fault("absent-passes", message, test.where))
+            self._check_absence(raw["id"], that)
         return Requirement(
             id=raw["id"],
             protects=raw["protects"],
@@ -342,6 +375,16 @@ class RuleParser:
             refs=tuple(raw.get("refs", ())),
             where=where,
         )
+
+    def _check_absence(self, name: str, that: Condition, where: Where | None = None) -> None:
+        known = [fact for fact in facts_of(that) if fact in self.catalogue]
+        test = passes_if_absent(that, self.catalogue) if len(known) == len(facts_of(that)) else None
+        if test is not None:
+            message = (
+                f"`{name}` protects correctness, and an absent `{test.fact}` would pass it; "
+                "write `absent: false` beside the test, or `absent_passes: because …`"
+            )
+            self.faults.append(Fault("absent-passes", message, where or test.where))
 
     def _check_ids(self, requires: list[Requirement]) -> None:
         seen: dict[str, Requirement] = {}
@@ -354,13 +397,17 @@ class RuleParser:
             seen[requirement.id] = requirement
 
     def _check_gates(self, gates: list[tuple[Document, Gate]]) -> None:
-        for (_, one), (document, other) in combinations(gates, 2):
+        for (first, one), (document, other) in combinations(gates, 2):
             if one.feature != other.feature:
                 continue
+            for unnamed in (each for each in (first, document) if "gate" not in each.data):
+                if unnamed in self.kinds["gate"]:
+                    message = f"`{other.feature}` has several gates, so each needs a name; add `gate:`"
+                    self._fault("missing-key", message, unnamed, ("feature",))
             if one.name == other.name:
                 message = f"gate `{other.feature}/{other.name}` stands in {one.where} too"
                 self._fault("duplicate-gate", message, document, ("gate",))
-            elif not disjoint(one.applies_to, other.applies_to):
+            elif not {id(first), id(document)} & self._unclear and not disjoint(one.applies_to, other.applies_to):
                 message = (
                     f"`{other.name}` and `{one.name}` ({one.where}) could both apply; "
                     "test one fact against different constants in their `applies_to`"

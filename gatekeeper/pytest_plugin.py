@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gatekeeper.errors import RuleError
 from gatekeeper.load import load_rules, shipped_rules
 from gatekeeper.log import quiet
+from gatekeeper.rules import RuleSet
 from gatekeeper.tables import SUFFIX, Row, read_table, run_row
+
+
+@cache
+def _rules(folder: str) -> RuleSet:
+    return load_rules(folder)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,7 +39,11 @@ class TableFile(pytest.File):
 
     def collect(self) -> Iterator[pytest.Item]:
         """Yield a test for each row."""
-        for row in read_table(self.path):
+        try:
+            rows = read_table(self.path)
+        except RuleError as error:
+            raise self.CollectError(str(error)) from None
+        for row in rows:
             yield RowTest.from_parent(self, name=row.name, row=row)
 
 
@@ -45,7 +57,10 @@ class RowTest(pytest.Item):
     def runtest(self) -> None:
         """Decide the row and compare."""
         folder = self.config.getoption("--gatekeeper-rules")
-        rules = load_rules(folder) if folder else shipped_rules()
+        try:
+            rules = _rules(folder) if folder else shipped_rules()
+        except RuleError as error:
+            raise RowFailed(str(error)) from None
         with quiet():
             result = run_row(rules, self.row)
         if not result.passed:

@@ -41,8 +41,12 @@ def read_facts(
 def open_target(target: Path | str, rules: RuleSet) -> CheckpointReading:
     """Read a checkpoint folder or config.json once, for all its runners."""
     path = Path(target)
-    if not path.exists():
-        raise CheckpointError(f"{target}: no such file or folder; expected a checkpoint folder or a config.json")
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise CheckpointError(f"`{target}` can't be read: {error.strerror}; name another path") from None
+    if not there:
+        raise CheckpointError(f"`{target}`: no such file or folder; expected a checkpoint folder or a config.json")
     return read_checkpoint(path, rules.catalogue, list(rules.families.values()), list(rules.formats.values()))
 
 

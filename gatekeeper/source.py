@@ -31,6 +31,8 @@ TEXT_KEYS = frozenset({"reason", "summary", "doc", "degraded", "because"})
 
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+# Faults that leave the data as the author meant them.
+_HARMLESS = frozenset({"duplicate-key", "anchor", "tag", "comment-in-text"})
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 
 
@@ -49,10 +51,15 @@ class WrittenFloat(float):
 class Document:
     """One parsed file: `data` is plain mappings, lists and scalars; `where` finds any of them again."""
 
-    def __init__(self, file: str, data: Any, marks: dict[Path_, tuple[int, int]]) -> None:
+    def __init__(self, file: str, data: Any, marks: dict[Path_, tuple[int, int]], text: str = "") -> None:
         self.file = file
         self.data = data
+        self.text = text
         self._marks = marks
+
+    def with_data(self, data: Any) -> Document:
+        """Return the same document with other data, whose places are found as before."""
+        return Document(self.file, data, self._marks, self.text)
 
     def where(self, path: Iterable[str | int] = ()) -> Where:
         """Return the place of the value at `path` (of its key, in a mapping), or of its nearest ancestor."""
@@ -63,38 +70,66 @@ class Document:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Return a hint that names the closest of `words`, or nothing."""
-    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return f", did you mean `{found[0]}`?" if found else ""
+    """Return a hint that names the closest of `words` (both of two that are equally close), or nothing."""
+    found = difflib.get_close_matches(word, list(words), n=2, cutoff=0.6)
+    closeness = [difflib.SequenceMatcher(None, one, word).ratio() for one in found]
+    if not found:
+        return ""
+    both = len(found) > 1 and closeness[0] == closeness[1]
+    return f", did you mean `{found[0]}`{f' or `{found[1]}`' if both else ''}?"
 
 
 def read_yaml(path: Path, shown_as: str | None = None) -> Document:
     """Parse one file; raises `RuleError` with every fault found."""
-    file = shown_as or str(path)
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
-    except IsADirectoryError:
-        raise RuleError([Fault("not-a-file", "expected a YAML file, found a folder", Where(file))]) from None
-    except OSError as error:
-        raise RuleError([Fault("unreadable", f"can't read this file: {error.strerror}", Where(file))]) from None
-    if len(raw) > MAX_BYTES:
-        raise RuleError([Fault("too-large", f"larger than {MAX_BYTES >> 20} MiB; split it", Where(file))])
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise RuleError([Fault("not-utf8", "expected UTF-8 text; save the file as UTF-8", Where(file, line))]) from None
-    return parse_yaml(text, file)
+    return _sound(*scan_file(path, shown_as))
 
 
 def parse_yaml(text: str, file: str) -> Document:
     """Parse YAML text; `file` is the name that faults show. Raises `RuleError` with every fault found."""
+    return _sound(*scan_yaml(text, file))
+
+
+def _sound(document: Document, faults: list[Fault]) -> Document:
+    if faults:
+        raise RuleError(faults)
+    return document
+
+
+def scan_file(path: Path, shown_as: str | None = None) -> tuple[Document, list[Fault]]:
+    """Parse one file as far as it goes, and say what is wrong with it; see `scan_yaml`."""
+    file = shown_as or str(path)
+
+    def unread(code: str, message: str, line: int = 0) -> tuple[Document, list[Fault]]:
+        return Document(file, None, {}), [Fault(code, message, Where(file, line))]
+
+    try:
+        if not path.is_file():
+            there = "found a folder" if path.is_dir() else "found something else" if path.exists() else "there is none"
+            return unread("not-a-file", f"expected a YAML file, {there}")
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        return unread("unreadable", f"can't read this file: {error.strerror}; check its permissions")
+    if len(raw) > MAX_BYTES:
+        return unread("too-large", f"larger than {MAX_BYTES >> 20} MiB; split it")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        return unread("not-utf8", "expected UTF-8 text; save the file as UTF-8", line)
+    return scan_yaml(text, file)
+
+
+def scan_yaml(text: str, file: str) -> tuple[Document, list[Fault]]:
+    """Parse YAML text as far as it goes, and say what is wrong with it.
+
+    With a fault such as a duplicate key the data is there all the same, so that the rest of it can be checked; with
+    one of syntax it is None.
+    """
     parser = _Parser(text, file)
     data = parser.parse()
-    if parser.faults:
-        raise RuleError(parser.faults)
-    return Document(file, data, parser.marks)
+    whole = all(fault.code in _HARMLESS for fault in parser.faults)
+    return Document(file, data if whole else None, parser.marks, text), parser.faults
 
 
 def parse_scalar(text: str, source: str = "--set") -> Any:
@@ -105,13 +140,21 @@ def parse_scalar(text: str, source: str = "--set") -> Any:
 class _Parser:
     def __init__(self, text: str, file: str) -> None:
         self.file = file
-        self.lines = text.split("\n")
         self.faults: list[Fault] = []
         self.marks: dict[Path_, tuple[int, int]] = {}
         self._text = text
         self._events: Iterator[Any] = iter(())
 
     def parse(self) -> Any:
+        try:
+            # The C parser takes UTF-8, which has no lone surrogates (a command line or JSON may hold some).
+            self._text.encode()
+        except UnicodeEncodeError as error:
+            line = self._text.count("\n", 0, error.start) + 1
+            self.faults.append(
+                Fault("not-utf8", "expected Unicode text; a surrogate is no character", Where(self.file, line))
+            )
+            return None
         try:
             self._events = iter(yaml.parse(self._text, Loader=yaml.CLoader))
             data: Any = None
@@ -132,8 +175,11 @@ class _Parser:
                 problem += " (YAML is indented with spaces)"
             where = Where(self.file, mark.line + 1, mark.column + 1) if mark else Where(self.file)
             self.faults.append(Fault("syntax", f"not YAML: {problem}", where))
-        except yaml.YAMLError as error:  # a character that YAML forbids, such as NUL
-            self.faults.append(Fault("syntax", f"not YAML: {' '.join(str(error).split())}", Where(self.file)))
+        except yaml.reader.ReaderError as error:  # a character that YAML forbids, such as NUL
+            before = self._text.encode()[: error.position].decode(errors="ignore")
+            where = Where(self.file, before.count("\n") + 1, len(before) - before.rfind("\n"))
+            message = f"not YAML: the character #x{error.character:04x} is not allowed in it; remove it"
+            self.faults.append(Fault("syntax", message, where))
         except _TooDeep:
             pass
         return None
@@ -191,8 +237,8 @@ class _Parser:
         if event.style:
             return event.value
         if path and path[-1] in TEXT_KEYS:
-            rest = self.lines[event.end_mark.line][event.end_mark.column :]
-            if rest.lstrip().startswith("#"):
+            rest = self._text[event.end_mark.index :].lstrip(" \t")
+            if rest.startswith("#"):
                 self._fault(event, "comment-in-text", f"a comment cuts this `{path[-1]}`; quote it")
         return resolve_plain(event.value)
 
@@ -209,8 +255,8 @@ def resolve_plain(text: str) -> Any:
         return text == "true"
     if _INTEGER.fullmatch(text):
         base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-        # Longer than any integer of a config; also the limit of Python's own conversion.
-        if len(text) > 4000:
+        # Longer than any integer of a config, and below the limit of Python's own conversions.
+        if len(text) > 1000:
             return text
         integer = WrittenInt(int(text, base))
         integer.text = text
@@ -246,7 +292,14 @@ def _validator(kind: str) -> Draft202012Validator:
 
 def check_schema(document: Document, kind: str) -> list[Fault]:
     """Return what of `document` does not fit ``schema/<kind>.schema.json``."""
-    return [_schema_fault(document, error) for error in _leaves(_validator(kind).iter_errors(document.data))]
+    return list(dict.fromkeys(fault for _, fault in schema_faults(document, kind)))
+
+
+def schema_faults(document: Document, kind: str) -> Iterator[tuple[Path_, Fault]]:
+    """Yield what does not fit the schema, each with the path of the value (or key) at fault."""
+    for error in _leaves(_validator(kind).iter_errors(document.data)):
+        for path, code, message in _explained(error):
+            yield path, Fault(code, message, document.where(path))
 
 
 def check_data(data: Any, kind: str, name: str) -> list[Fault]:
@@ -266,45 +319,71 @@ def _leaves(errors: Iterable[ValidationError]) -> Iterator[ValidationError]:
             yield error
 
 
-def _schema_fault(document: Document, error: ValidationError) -> Fault:
+_TYPES = {
+    "object": "a mapping",
+    "array": "a list",
+    "string": "a text",
+    "number": "a number",
+    "integer": "an integer",
+    "boolean": "true or false",
+    "null": "null",
+}
+_EMPTY = frozenset({"minItems", "minProperties", "minLength"})
+
+
+def _explained(error: ValidationError) -> Iterator[tuple[Path_, str, str]]:
+    """Yield path, code and message of what one error of the schema means to the author, for each key that is wrong."""
     path = tuple(error.absolute_path)
-    where = document.where(path)
     given: Any = error.instance
     kind, value, schema = str(error.validator), cast(Any, error.validator_value), cast(Any, error.schema)
+    name = f"`{path[-1]}`" if path and isinstance(path[-1], str) else "this"
+    expected = schema.get("description", "") if isinstance(schema, dict) else ""
     if kind == "additionalProperties":
         properties = schema.get("properties", {})
         patterns = schema.get("patternProperties", {})
-        extra = [k for k in given if k not in properties and not any(re.search(p, k) for p in patterns)]
-        key = extra[0] if extra else "?"
-        hint = nearest(key, properties) or f"; expected {_listed(properties)}"
-        return Fault("unknown-key", f"unknown key `{key}`{hint}", document.where((*path, key)))
-    if kind == "required":
-        missing = [k for k in value if k not in given]
-        return Fault("missing-key", f"missing key `{missing[0]}`", where)
-    name = f"`{path[-1]}`" if path and isinstance(path[-1], str) else "this"
-    expected = schema.get("description", "") if isinstance(schema, dict) else ""
-    if kind == "type":
-        wanted = value if isinstance(value, str) else " or ".join(value)
+        for key in given:
+            if key not in properties and not any(re.search(p, key) for p in patterns):
+                hint = nearest(key, properties) or f"; expected {_listed(properties)}"
+                yield (*path, key), "unknown-key", f"unknown key `{_cut(key)}`{hint}"
+    elif kind == "required":
+        for key in value:
+            if key not in given:
+                yield path, "missing-key", f"missing key `{key}`; add it"
+    elif "propertyNames" in error.absolute_schema_path:
+        hint = f"; expected {expected or value}"
+        yield (*path, given), "wrong-value", f"`{_cut(given)}` can't stand here{hint}"
+    elif kind == "type":
+        wanted = _or([_TYPES[word] for word in ([value] if isinstance(value, str) else value)])
         message = f"{name} must be {wanted}, not {_shown(given)}"
-        if isinstance(given, str) and given in {"on", "off", "yes", "no", "True", "False"} and "boolean" in wanted:
+        if isinstance(given, str) and given in {"on", "off", "yes", "no", "True", "False"} and "boolean" in value:
             message += "; only `true` and `false` are booleans"
-        return Fault("wrong-type", message, where)
-    if kind in ("enum", "const"):
+        yield path, "wrong-type", message
+    elif kind in ("enum", "const"):
         options = value if kind == "enum" else [value]
         hint = nearest(str(given), map(str, options))
-        return Fault("wrong-value", f"{name} must be {_listed(options)}, not {_shown(given)}{hint}", where)
-    if kind == "pattern":
-        return Fault("wrong-value", f"{name} is {_shown(given)}; expected {expected or value}", where)
-    if kind == "propertyNames" or (error.parent is not None and error.parent.validator == "propertyNames"):
-        return Fault("wrong-value", f"{_shown(given)} can't be a name here; expected {expected}", where)
-    return Fault("wrong-shape", f"{name}: {error.message}", where)
+        yield path, "wrong-value", f"{name} must be {_listed(options)}, not {_shown(given)}{hint}"
+    elif kind == "pattern":
+        yield path, "wrong-value", f"{name} is {_shown(given)}; expected {expected or value}"
+    elif kind in _EMPTY:
+        message = (
+            f"{name} is empty; fill it" if not given else f"{name} is {_shown(given)}; write {value} characters or more"
+        )
+        yield path, "wrong-shape", message
+    else:
+        yield path, "wrong-shape", f"{name}: {error.message}"
 
 
-def _listed(options: Iterable[Any]) -> str:
-    words = [f"`{json.dumps(o) if not isinstance(o, str) else o}`" for o in options]
+def _or(words: list[str]) -> str:
     return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
+def _listed(options: Iterable[Any]) -> str:
+    return _or([f"`{json.dumps(o) if not isinstance(o, str) else o}`" for o in options])
+
+
 def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return f"`{text if len(text) <= 60 else text[:57] + '...'}`"
+    return f"`{_cut(json.dumps(value, default=str))}`"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

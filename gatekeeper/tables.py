@@ -73,6 +73,8 @@ def read_table(path: Path) -> list[Row]:
     """Read the rows of one table; raises `RuleError`."""
     document = read_yaml(path)
     faults = check_schema(document, "table")
+    if not faults and not document.data["rows"]:
+        faults = [Fault("no-rows", "a table without rows tests nothing; add some", document.where(("rows",)))]
     if faults:
         raise RuleError(faults)
     return list(_rows(document, path))
@@ -118,6 +120,9 @@ def row_facts(rules: RuleSet, row: Row) -> Facts:
         raise FactError(f"`{extra[0]}` does not go with `from`, which reads it from the checkpoint")
     checkpoint = _checkpoint(rules, (row.folder / data["from"]).resolve())
     unread = frozenset(data.get("unread", ()))
+    groups = {spec.group for spec in rules.catalogue.values()}
+    for group in sorted(unread - groups):
+        raise FactError(f"`unread` names no group of facts: `{group}`{nearest(group, groups)}")
     return join(
         checkpoint, runner=data.get("runner", "target"), platform=None, settings=settings, rules=rules, unread=unread
     )

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import click
 
-import gatekeeper
 from gatekeeper import (
     Decisions,
     Facts,
@@ -195,11 +194,22 @@ def make_checkpoint_command(out: Path, **options: Any) -> None:
     click.echo(f"wrote {out}: {len(files)} files, {human(sum(path.stat().st_size for path in files))}")
 
 
+@group.command("demo", short_help="Three checkpoints from facts to verified layers, and SGLang's #25390 replayed.")
+@click.option("--out", type=click.Path(path_type=Path), help="Keep the checkpoints in this new folder.")
+@click.pass_context
+def demo_command(context: click.Context, out: Path | None) -> None:
+    """Make three Kimi-K2.5-shaped checkpoints, decide, plan, load and verify each, and replay #25390 on them."""
+    from loader.demo import run
+
+    _set_up_logging(quiet=True)
+    context.exit(run(out))
+
+
 def main() -> None:
     """Run the command line; an error of ours is a message on stderr and exit code 1, never a traceback."""
     try:
         group(prog_name="moe-loader")
-    except GatekeeperError as error:
+    except (GatekeeperError, OSError) as error:  # OSError: a full disk, a folder that may not be read
         click.echo(f"error: {error}", err=True)
         sys.exit(BAD_NEWS)
 
@@ -212,7 +222,7 @@ def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
             raise click.UsageError(f"--set takes FACT=VALUE, such as parallel.tp_size=8; not `{setting}`")
         if name in result:
             raise click.UsageError(f"--set {name} is given twice")
-        result[name] = gatekeeper.parse_scalar(value, f"--set {name}")
+        result[name] = value
     return result
 
 
@@ -240,17 +250,17 @@ def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def _set_up_logging() -> None:
+def _set_up_logging(*, quiet: bool = False) -> None:
     """Events go to stderr: a person sees warnings and errors, a program every event as a line of JSON."""
     import structlog
 
-    pretty = sys.stderr.isatty()
+    pretty = quiet or sys.stderr.isatty()
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer(),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(30 if pretty else 20),
+        wrapper_class=structlog.make_filtering_bound_logger(50 if quiet else 30 if pretty else 20),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )

@@ -320,9 +320,9 @@ class _LayerPlanner:
     def _base(self, expert: int | None, projection: str) -> str:
         """What the tensors of one projection are called up to their suffix; of the shared expert where None."""
         names = self.family.names
-        word = names.projections[projection]
-        template = names.shared if expert is None else names.routed
-        return f"{self.layer.name}.{template.format(expert=expert, projection=word)}."
+        if expert is None:
+            return f"{self.layer.name}.{names.shared.format(projection=names.shared_projections[projection])}."
+        return f"{self.layer.name}.{names.routed.format(expert=expert, projection=names.projections[projection])}."
 
 
 def _dtype(info: TensorInfo) -> str:

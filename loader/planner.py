@@ -100,7 +100,7 @@ def _require_plausible(widths: Widths, index: Index) -> None:
     for name, count in (("n_routed_experts", widths.n_routed), ("n_shared_experts", widths.n_shared)):
         if count > len(index.tensors):
             raise CheckpointError(
-                f"config.json has `{name}` {count}, and the checkpoint only {len(index.tensors)} tensors; correct either"
+                f"config.json has `{name}` {count}, the checkpoint only {len(index.tensors)} tensors; correct either"
             )
 
 

@@ -106,7 +106,7 @@ def verify(
 
 
 def sharpest(backend: str, device: torch.device) -> torch.dtype:
-    """The most exact dtype that a backend computes in; on a GPU `grouped_mm` has bfloat16 alone (torch 2.10 to 2.13)."""
+    """The most exact dtype that a backend computes in; on a GPU `grouped_mm` has bfloat16 alone (torch 2.13)."""
     return torch.bfloat16 if backend == "grouped_mm" and device.type != "cpu" else torch.float32
 
 

@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gatekeeper.errors import Fault
 from gatekeeper.catalogue import Catalogue, parse_catalogue
+from gatekeeper.errors import Fault
 from gatekeeper.families import Family
 from gatekeeper.formats import Format
 from gatekeeper.providers import CheckpointReading, read_checkpoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 
 import click
 
@@ -45,8 +46,15 @@ def group() -> None:
 
 def main() -> None:
     """Run the command line; an error of ours is one message on stderr, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A terminal or a pipe that can't show a character gets its escape.
+            stream.reconfigure(errors="backslashreplace")
     try:
         group(prog_name="gatekeeper")
     except GatekeeperError as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(BAD_NEWS)
+    except OSError as error:
+        click.echo(f"error: {error.strerror or error}: `{error.filename}`", err=True)
         sys.exit(BAD_NEWS)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import click
 
 from gatekeeper.cli import BAD_NEWS, INCOMPLETE
-from gatekeeper.cli.options import facts_of_targets, json_option, print_json, rules_of, set_up_logging, target_options
+from gatekeeper.cli.options import (
+    check_features,
+    facts_of_targets,
+    json_option,
+    json_text,
+    print_json,
+    rules_of,
+    set_up_logging,
+    target_options,
+)
 from gatekeeper.cli.render import decision_lines
 from gatekeeper.decide import decide
 from gatekeeper.decision import Decision
@@ -24,7 +32,7 @@ from gatekeeper.source import check_data
 @click.argument("targets", nargs=-1, metavar="TARGET...")
 @target_options
 @click.option("--feature", "features", multiple=True, metavar="NAME", help="Only this feature.")
-@click.option("--facts", "lines", type=click.File("r", encoding="utf-8"), help="Lines of facts; - reads stdin.")
+@click.option("--facts", "lines", metavar="FILE|-", type=click.File("rb"), help="Lines of facts; - reads stdin.")
 @click.option("--strict", is_flag=True, help="Exit 3 where a decision is pending.")
 @json_option
 @click.pass_context
@@ -36,7 +44,7 @@ def command(
     runner: Runner | None,
     rules_folder: Path | None,
     features: tuple[str, ...],
-    lines: IO[str] | None,
+    lines: IO[bytes] | None,
     strict: bool,
     as_json: bool,
 ) -> None:
@@ -48,6 +56,7 @@ def command(
         raise click.UsageError("name at least one TARGET, or --facts FILE")
     set_up_logging()
     rules = rules_of(rules_folder)
+    check_features(rules, features)
     chosen = features or None
     if lines is not None:
         if not as_json:
@@ -84,43 +93,57 @@ def _is_pending(decision: Decision) -> bool:
     return decision.state == "pending" or any(layer.state == "pending" for layer in decision.layers or ())
 
 
-def _decide_lines(rules: RuleSet, lines: IO[str], features: tuple[str, ...] | None, strict: bool) -> int:
+def _decide_lines(rules: RuleSet, lines: IO[bytes], features: tuple[str, ...] | None, strict: bool) -> int:
     """Answer a line for each line, in order; return the exit code."""
     decided: list[Decision] = []
     broken = False
-    for number, text in _lines(lines):
-        record: Any = None
+    file = getattr(lines, "name", "<stdin>")
+    for number, raw in enumerate(lines, 1):
+        if not raw.strip():
+            continue
+        name: str | int = number
         try:
-            record = _parse(text, f"{lines.name}:{number}")
+            record = _parse(raw)
+            name = _name(record, number)
+            _check(record)
             answer = list(decide(rules, from_record(rules.catalogue, record), features).values())
             decided += answer
             result: dict[str, Any] = {"decisions": [one.to_json() for one in answer]}
         except GatekeeperError as error:
             broken = True
-            result = {"error": str(error)}
-        name = record.get("id", number) if isinstance(record, dict) else number
-        click.echo(json.dumps({"id": name, **result}, ensure_ascii=False))
+            result = {"error": f"{file}:{number}: {error}"}
+        click.echo(json_text({"id": name, **result}))
     return BAD_NEWS if broken else _exit_code(decided, strict)
 
 
-def _lines(stream: IO[str]) -> Iterator[tuple[int, str]]:
+def _parse(raw: bytes) -> Any:
     try:
-        for number, text in enumerate(stream, 1):
-            if text.strip():
-                yield number, text
-    except UnicodeDecodeError as error:
-        raise FactError(f"{stream.name} is not UTF-8 text: {error.reason}") from None
-
-
-def _parse(text: str, place: str) -> Any:
-    try:
-        record = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise FactError(f"{place}: not a line of JSON: {error}") from None
-    faults = check_data(record, "record", place)
-    if faults:
-        raise FactError("; ".join(f"{place}: {fault.message}" for fault in faults))
+        record = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        json.dumps(record, ensure_ascii=False).encode()  # lone surrogates can't be written back
+    except UnicodeDecodeError:
+        raise FactError("not UTF-8 text; write the line again as UTF-8") from None
+    except UnicodeEncodeError:
+        raise FactError("not Unicode text; a lone surrogate is no character") from None
+    except RecursionError:
+        raise FactError("nested too deep for a line of facts") from None
+    except ValueError as error:
+        raise FactError(f"not a line of JSON: {error}") from None
     return record
+
+
+def _name(record: Any, number: int) -> str | int:
+    """Return the `id` that the line gave itself, else its number."""
+    name = record.get("id") if isinstance(record, dict) else None
+    return name if isinstance(name, str | int) and not isinstance(name, bool) else number
+
+
+def _check(record: Any) -> None:
+    try:
+        faults = check_data(record, "record", "")
+    except RecursionError:
+        raise FactError("nested too deep for a line of facts") from None
+    if faults:
+        raise FactError("; ".join(fault.message for fault in faults))
 
 
 def _refuse_constant(word: str) -> Any:

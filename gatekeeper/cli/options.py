@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from gatekeeper.errors import FactError
 from gatekeeper.facts import Facts, Runner
 from gatekeeper.load import load_rules, shipped_rules
+from gatekeeper.providers.flags import read_flags
+from gatekeeper.providers.platform import read_platform
 from gatekeeper.reading import join, open_target, runners_of
 from gatekeeper.rules import RuleSet
+from gatekeeper.source import nearest
+from gatekeeper.values import Missing
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,15 +73,42 @@ def facts_of_targets(
 ) -> Iterator[tuple[str, Facts]]:
     """Yield the facts of each target for each runner that it has, or for the one asked for."""
     values = parse_settings(settings)
+    _check_usage(rules, platform, values)
     for target in targets:
         checkpoint = open_target(target, rules)
         for one in (runner,) if runner else runners_of(checkpoint):
             yield target, join(checkpoint, runner=one, platform=platform, settings=values, rules=rules)
 
 
+def _check_usage(rules: RuleSet, platform: str | None, values: Mapping[str, str]) -> None:
+    """Refuse what is wrong with every target alike before any is opened: that is wrong usage."""
+    try:
+        for name, reading in read_flags(values, rules.catalogue).items():
+            if not isinstance(reading.value, Missing):
+                rules.catalogue.coerce(name, reading.value)
+        if platform not in (None, "here"):
+            read_platform(platform, rules.platforms, rules.catalogue)
+    except FactError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def check_features(rules: RuleSet, names: Sequence[str]) -> None:
+    """Refuse a `--feature` that the rule set does not have."""
+    for name in names:
+        if name not in rules.features:
+            hint = nearest(name, rules.features) or f"; there are {', '.join(rules.features)}"
+            raise click.UsageError(f"unknown feature `{name}`{hint}")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return JSON; characters beyond ASCII are escaped where stdout is not UTF-8."""
+    plain = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") != "utf8"
+    return json.dumps(value, indent=indent, ensure_ascii=plain)
+
+
 def print_json(value: Any) -> None:
     """Print one JSON document."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(json_text(value, indent=2))
 
 
 def set_up_logging() -> None:

@@ -58,21 +58,22 @@ def _outcome_lines(outcome: Outcome) -> Iterator[str]:
     told = [check for check in outcome.checks if check.truth is not True]
     for check in told[:_MAX_CHECKS]:
         yield f"        {check_text(check)}"
+        places = [text for text in (check.witness, check.note) if text]
+        if places:
+            yield click.style(f"          from {'; '.join(places)}", dim=True)
     if len(told) > _MAX_CHECKS:
         yield f"        and {len(told) - _MAX_CHECKS} more"
 
 
 def check_text(check: Check) -> str:
-    """Say one atomic condition: the value, what was expected, and where the value was read."""
+    """Say one atomic condition: the value, and what was expected."""
     if check.operator == "absent":
         phrase = "expected none" if check.expected else "expected any"
     else:
         right = check.expected
         other = f"`{right['fact']}`" if isinstance(right, dict) and set(right) == {"fact"} else _plain(right)
         phrase = f"{OPERATORS[check.operator].phrase} {other}"
-    places = [text for text in (check.witness, check.note) if text]
-    place = f"  [{'; '.join(places)}]" if places else ""
-    return f"{check.fact} is {shown(check.actual)}, {phrase}{place}"
+    return f"{check.fact} is {shown(check.actual)}, {phrase}"
 
 
 def _plain(value: Any) -> str:

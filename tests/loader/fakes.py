@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from gatekeeper import Family, Index, TensorInfo, load_rules
+from gatekeeper import Family, Index, RuleSet, TensorInfo, load_rules
 from loader.checkpoint import DTYPES
 from loader.formats import FORMATS
 
@@ -55,9 +56,15 @@ def facts_of(runner: str = "target", **model: Any) -> SimpleNamespace:
     return SimpleNamespace(values=named, runner=runner)
 
 
+@cache
+def shipped() -> RuleSet:
+    """The shipped rules, read once."""
+    return load_rules()
+
+
 def family(name: str = "deepseek_v3") -> Family:
     """A family as shipped."""
-    return load_rules().families[name]
+    return shipped().families[name]
 
 
 def tensor(name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
@@ -117,7 +124,7 @@ def named_after(which: Family, *, experts: int = 4, hidden: int = 64, width: int
         if names.shared_gate:
             found.append(tensor(f"{block}.{names.shared_gate}", "BF16", (1, hidden)))
         modules = [*names.routed_modules(block, range(experts)), *names.shared_modules(block)]
-        down = names.projections["down"]
+        down = (names.projections["down"], names.shared_projections["down"])
         found += [
             tensor(f"{module}.weight", "BF16", (hidden, width) if module.endswith(down) else (width, hidden))
             for module in modules

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gatekeeper import CheckpointError, Index, load_rules, read_facts, read_index
+from gatekeeper import CheckpointError, Index, read_facts, read_index
 from loader import BuildError, MoELayer, Plan, build, build_plan
 from loader.checkpoint import Checkpoint
-from tests.loader.fakes import decided
+from tests.loader.fakes import decided, shipped
 from tests.loader.surgery import rewrite
 
 SMALL = {"experts": 16, "layers": 3}
@@ -27,7 +27,7 @@ def planned(folder: Path, on: bool = False, slots: int = 1, backend: str | None 
     assert index is not None
     facts = read_facts(folder)
     decisions = decided([1, 2] if on else [], slots=slots, backend=backend)
-    return build_plan(index, load_rules().families[str(facts.values["model.family"])], facts, decisions), index
+    return build_plan(index, shipped().families[str(facts.values["model.family"])], facts, decisions), index
 
 
 @pytest.mark.parametrize("format_name", ["bf16", "fp16", "int4_g32", "mxfp4", "fp8_block"])

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gatekeeper import load_rules
 from loader.checkpoint import DTYPES
 from loader.formats import FORMATS, StraddleError, dequantize_stacked
 from loader.formats.base import Part
 from loader.packing import PACKERS
+from tests.loader.fakes import shipped
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -109,7 +109,7 @@ def test_cuts_only_between_blocks() -> None:
 
 def test_the_gatekeeper_knows_each_format_by_the_same_parts() -> None:
     words = {dtype: word for word, dtype in DTYPES.items()}
-    formats = load_rules().formats
+    formats = shipped().formats
     for name, ours in FORMATS.items():
         signatures = [{part.suffix: part.dtypes for part in signature.parts} for signature in formats[name].signatures]
         assert any(all(words[p.dtype] in s.get(p.suffix, ()) for p in ours.parts) for s in signatures), name

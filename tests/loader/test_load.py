@@ -15,9 +15,10 @@ from click.testing import CliRunner
 
 import gatekeeper
 import loader
-from gatekeeper import RefusedError, decide, load_rules, read_facts
+from gatekeeper import RefusedError, decide, read_facts
 from loader import MoELayer, PlanError, StaleDecisionError
 from loader.cli import group
+from tests.loader.fakes import shipped
 from tests.loader.surgery import delete, rewrite
 
 INT4 = {"family": "kimi_k25", "format_name": "int4_g32"}
@@ -29,7 +30,7 @@ SHARED = "language_model.model.layers.2.mlp.shared_experts.up_proj.weight"
 
 def decisions_of(folder: Path, runner: Any = "target", **settings: object) -> gatekeeper.Decisions:
     named = {name.replace("__", "."): value for name, value in settings.items()}
-    return decide(load_rules(), read_facts(folder, runner=runner, platform="mi355x", set=named))
+    return decide(shipped(), read_facts(folder, runner=runner, platform="mi355x", set=named))
 
 
 def in_slots(layers: tuple[MoELayer, ...]) -> set[bool]:
@@ -190,6 +191,12 @@ def test_exit_codes(made: Callable[..., Path], tmp_path: Path) -> None:
     (config_only / "config.json").write_bytes((folder / "config.json").read_bytes())
     done = run("plan", config_only)
     assert done.returncode == 1 and "has no *.safetensors" in done.stderr
+
+
+def test_an_error_of_the_operating_system_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("make-checkpoint", tmp_path / "file" / "below", "--family", "kimi_k2", "--format", "bf16")
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
 
 
 def test_torn_files_are_errors_before_anything_is_allocated(copied: Callable[..., Path]) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gatekeeper import load_rules, read_facts
+from gatekeeper import read_facts
 from loader import MoELayer, Plan, VerificationError, Verified, agreement, build, verify
 from loader.planner import runner_layers
 from loader.verify import relative_error, tolerance
+from tests.loader.fakes import shipped
 from tests.loader.test_build import planned
 
 CASES = {
@@ -27,7 +28,7 @@ FUSIBLE = {name: case for name, case in CASES.items() if name != "kimi_k25-int4"
 
 def checked(folder: Path, layers: tuple[MoELayer, ...], plan: Plan, **options: object) -> tuple[Verified, ...]:
     facts = read_facts(folder)
-    family = load_rules().families[str(facts.values["model.family"])]
+    family = shipped().families[str(facts.values["model.family"])]
     _, index = planned(folder)
     return verify(layers, plan, index, runner_layers(index, family, facts), **options)  # type: ignore[arg-type]
 
