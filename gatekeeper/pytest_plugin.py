@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,15 @@ from gatekeeper.log import quiet
 from gatekeeper.rules import RuleSet
 from gatekeeper.tables import SUFFIX, Row, read_table, run_row
 
+_RULES = pytest.StashKey[RuleSet]()
 
-@cache
-def _rules(folder: str) -> RuleSet:
-    return load_rules(folder)
+
+def _rules(config: pytest.Config) -> RuleSet:
+    """Return the rule set of this run, loaded once."""
+    if _RULES not in config.stash:
+        folder = config.getoption("--gatekeeper-rules")
+        config.stash[_RULES] = load_rules(folder) if folder else shipped_rules()
+    return config.stash[_RULES]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,9 +60,8 @@ class RowTest(pytest.Item):
 
     def runtest(self) -> None:
         """Decide the row and compare."""
-        folder = self.config.getoption("--gatekeeper-rules")
         try:
-            rules = _rules(folder) if folder else shipped_rules()
+            rules = _rules(self.config)
         except RuleError as error:
             raise RowFailed(str(error)) from None
         with quiet():
