@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +13,13 @@ class Where:
     file: str
     line: int = 0
     column: int = 0
+    lines: Sequence[str] = field(default=(), compare=False, repr=False)
+    """The lines of the file, where it was read as text; for showing this one."""
+
+    @property
+    def source(self) -> str:
+        """The line itself, or nothing."""
+        return self.lines[self.line - 1] if 0 < self.line <= len(self.lines) else ""
 
     def __str__(self) -> str:
         if not self.line:

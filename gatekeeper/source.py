@@ -56,6 +56,7 @@ class Document:
         self.data = data
         self.text = text
         self._marks = marks
+        self._lines: list[str] | None = None
 
     def with_data(self, data: Any) -> Document:
         """Return the same document with other data, whose places are found as before."""
@@ -66,7 +67,9 @@ class Document:
         path = tuple(path)
         while path not in self._marks and path:
             path = path[:-1]
-        return Where(self.file, *self._marks.get(path, (0, 0)))
+        if self._lines is None:
+            self._lines = self.text.splitlines()
+        return Where(self.file, *self._marks.get(path, (0, 0)), self._lines)
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

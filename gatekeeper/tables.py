@@ -12,6 +12,7 @@ from gatekeeper.decide import decide
 from gatekeeper.decision import Decision, OutcomeState
 from gatekeeper.errors import FactError, Fault, GatekeeperError, RuleError, Where
 from gatekeeper.facts import Facts, from_record
+from gatekeeper.load import load_rules
 from gatekeeper.providers import CheckpointReading
 from gatekeeper.reading import join, open_target
 from gatekeeper.rules import RuleSet
@@ -29,6 +30,8 @@ class Row:
     name: str
     data: Mapping[str, Any]
     folder: Path
+    rules: Path | None = None
+    """The rule set that the table names; None: the one asked for."""
     where: Where
 
 
@@ -89,12 +92,24 @@ def _rows(document: Document, path: Path) -> Iterator[Row]:
             raise RuleError([Fault("duplicate-row", f"row `{raw['name']}` stands twice", where)])
         seen[raw["name"]] = index
         merged = {**base, **raw, "facts": {**base.get("facts", {}), **raw.get("facts", {})}}
-        yield Row(feature=document.data["table"], name=raw["name"], data=merged, folder=path.parent, where=where)
+        yield Row(
+            feature=document.data["table"],
+            name=raw["name"],
+            data=merged,
+            folder=path.parent,
+            rules=(path.parent / document.data["rules"]).resolve() if "rules" in document.data else None,
+            where=where,
+        )
 
 
 def run_row(rules: RuleSet, row: Row) -> RowResult:
-    """Decide a row's feature and compare; an error of ours is a result too."""
+    """Decide a row's feature and compare, by the rule set that the table names if it names one.
+
+    An error of ours is a result too.
+    """
     try:
+        if row.rules is not None:
+            rules = _named_rules(row.rules)
         if row.feature not in rules.features:
             raise FactError(f"unknown feature `{row.feature}`{nearest(row.feature, rules.features)}")
         decision = decide(rules, row_facts(rules, row), [row.feature])[row.feature]
@@ -126,6 +141,11 @@ def row_facts(rules: RuleSet, row: Row) -> Facts:
     return join(
         checkpoint, runner=data.get("runner", "target"), platform=None, settings=settings, rules=rules, unread=unread
     )
+
+
+@lru_cache(maxsize=8)
+def _named_rules(folder: Path) -> RuleSet:
+    return load_rules(folder)
 
 
 @lru_cache(maxsize=8)
