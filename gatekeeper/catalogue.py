@@ -8,15 +8,22 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any, TypeAlias
 
 from gatekeeper.errors import FactError, Fault, Where
+from gatekeeper.expression_types import check_type
 from gatekeeper.expressions import Expression, parse_expression
 from gatekeeper.source import Document, WrittenFloat, WrittenInt, nearest
 from gatekeeper.values import ABSENT, UNKNOWN, Arch, Missing, Reading, Readings, Value, Version, shown
+from gatekeeper.waivers import Waiver, read_waivers
 
 Records: TypeAlias = Mapping[str, tuple[str, ...]]
 """Fields of each fact that is a record."""
 
 CHECKPOINT_GROUPS = frozenset({"model", "quant", "layer"})
 """Groups whose facts are read from the checkpoint; nobody sets them by hand."""
+FEATURE_GROUP = "feature"
+"""The group of what other features came to; nobody gives or declares these facts."""
+STAGES = ("config", "checkpoint", "platform", "layout")
+"""When facts can be known, in order; where the catalogue does not say, the group does."""
+_STAGE_OF = {"model": 0, "quant": 0, "layer": 1, "platform": 2, "library": 2, "env": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +50,8 @@ class FactSpec:
     fields: Mapping[str, FactSpec] = field(default_factory=dict)
     null_means_absent: bool = False
     stage: str = ""
+    """As declared; `Catalogue.stage_of` knows what follows from the group and the derivation."""
+    allow: tuple[Waiver, ...] = ()
 
     @property
     def group(self) -> str:
@@ -143,6 +152,8 @@ class Catalogue(Mapping[str, FactSpec]):
         self._records: Records = {name: tuple(spec.fields) for name, spec in specs.items() if spec.fields}
         self._order = _evaluation_order(self._specs)
         self._layer_facts = _layer_dependent(self._specs, self._order)
+        self.decided_from: Mapping[str, frozenset[str]] = {}
+        """Of each feature, the facts that its gates read; known once they are parsed."""
 
     def __getitem__(self, name: str) -> FactSpec:
         return self._specs[name]
@@ -166,7 +177,21 @@ class Catalogue(Mapping[str, FactSpec]):
             if name not in found:
                 found.add(name)
                 left += _dependencies(self._specs, name)
+                if name.startswith(f"{FEATURE_GROUP}."):
+                    left += self.decided_from.get(name.split(".")[1], ())
         return frozenset(found)
+
+    def stage_of(self, name: str) -> str:
+        """Return the stage of loading at which a fact can be known at the earliest; see `STAGES`."""
+        return STAGES[max(self._own_stage(one) for one in self.inputs([name]))]
+
+    def _own_stage(self, name: str) -> int:
+        spec = self._specs[name]
+        if spec.stage:
+            return STAGES.index(spec.stage)
+        if spec.only_derived or spec.group == FEATURE_GROUP:
+            return 0  # what it comes from says when
+        return _STAGE_OF.get(spec.group, len(STAGES) - 1)
 
     def coerce(self, name: str, raw: Any) -> Value:
         """Return a raw value as the type of the fact `name`; raises `FactError`."""
@@ -199,6 +224,12 @@ class Catalogue(Mapping[str, FactSpec]):
     def _settle(self, name: str, readings: dict[str, Reading], flags: frozenset[str]) -> None:
         spec = self._specs[name]
         reading = readings.get(name)
+        if spec.group == FEATURE_GROUP:
+            if reading is not None:
+                raise FactError(
+                    f"`{name}` is what a feature came to and can't be given; it is decided from other facts"
+                )
+            return
         if spec.only_derived:
             if reading is not None:
                 names = ", ".join(f"`{n}`" for n in sorted(spec.derive.names)) if spec.derive else ""
@@ -309,24 +340,30 @@ def _layer_dependent(specs: Mapping[str, FactSpec], order: tuple[str, ...]) -> f
     return frozenset(found)
 
 
-def parse_catalogue(documents: list[Document], faults: list[Fault]) -> Catalogue:
-    """Read `facts:` of every document; what is wrong is added to `faults`."""
+def parse_catalogue(documents: list[Document], faults: list[Fault], decided: Iterable[FactSpec] = ()) -> Catalogue:
+    """Read `facts:` of every document; what is wrong is added to `faults`.
+
+    `decided` are the facts that say what features came to.
+    """
     specs: dict[str, FactSpec] = {}
     for document in documents:
         for name, raw in document.data["facts"].items():
             where = document.where(("facts", name))
+            if name.startswith(f"{FEATURE_GROUP}."):
+                message = f"`{name}` says what a feature came to, and is there by itself; declare the feature instead"
+                faults.append(Fault("bad-fact", message, where))
+                continue
             if name in specs:
                 faults.append(Fault("duplicate-fact", f"fact `{name}` is declared in {specs[name].where} too", where))
                 continue
-            spec = _parse_spec(name, raw, where, faults)
+            spec = _parse_spec(name, raw, document, faults)
             if spec is not None:
                 specs[name] = spec
-    catalogue = Catalogue(specs)
+    catalogue = Catalogue({**specs, **{spec.name: spec for spec in decided}})
     for spec in specs.values():
         for expression in (spec.derive, spec.default_derive):
-            for unknown in sorted((expression.names if expression else frozenset()) - catalogue.keys()):
-                message = f"`{spec.name}` is derived from the unknown fact `{unknown}`{nearest(unknown, catalogue)}"
-                faults.append(Fault("unknown-fact", message, spec.where))
+            if expression is not None:
+                _check_expression(spec, expression, catalogue, faults)
     try:
         TopologicalSorter({n: _dependencies(catalogue, n) for n in catalogue}).prepare()
     except CycleError as error:
@@ -335,11 +372,30 @@ def parse_catalogue(documents: list[Document], faults: list[Fault]) -> Catalogue
     return catalogue
 
 
-def _parse_spec(name: str, raw: dict[str, Any], where: Where, faults: list[Fault]) -> FactSpec | None:
+def _check_expression(spec: FactSpec, expression: Expression, catalogue: Catalogue, faults: list[Fault]) -> None:
+    unknown = sorted(expression.names - catalogue.keys())
+    for name in unknown:
+        message = f"`{spec.name}` is derived from the unknown fact `{name}`{nearest(name, catalogue)}"
+        faults.append(Fault("unknown-fact", message, spec.where))
+    for name in sorted(expression.names & catalogue.keys()):
+        if catalogue[name].group == FEATURE_GROUP:
+            message = f"`{spec.name}` is derived from `{name}`, which is decided only from facts; test it in a gate"
+            faults.append(Fault("bad-fact", message, spec.where))
+    try:
+        check_type(expression, spec, catalogue)
+    except ValueError as error:
+        faults.append(Fault("wrong-type", f"fact `{spec.name}`: {error}", spec.where))
+
+
+def _parse_spec(name: str, raw: dict[str, Any], document: Document, faults: list[Fault]) -> FactSpec | None:
+    where = document.where(("facts", name))
     try:
         _check_shape(raw)
+        stage = raw.get("stage", "")
         fields = {
-            key: FactSpec(name=f"{name}.{key}", type=one["type"], doc=one["doc"], where=where, **_typing(one))
+            key: FactSpec(
+                name=f"{name}.{key}", type=one["type"], doc=one["doc"], where=where, stage=stage, **_typing(one)
+            )
             for key, one in raw.get("fields", {}).items()
         }
         spec = FactSpec(
@@ -352,7 +408,8 @@ def _parse_spec(name: str, raw: dict[str, Any], where: Where, faults: list[Fault
             given_by=tuple(raw.get("given_by", ())),
             fields=fields,
             null_means_absent=raw.get("null_means") == "absent",
-            stage=raw.get("stage", ""),
+            stage=stage,
+            allow=read_waivers(document, raw, ("facts", name)),
             **_typing(raw),
         )
         default = raw.get("default")
@@ -361,10 +418,21 @@ def _parse_spec(name: str, raw: dict[str, Any], where: Where, faults: list[Fault
         elif default is not None:
             spec = replace(spec, default=spec.coerce(default))
         choices = raw.get("controllable", ())
-        return replace(spec, controllable=tuple(spec.coerce(c) for c in (choices if choices is not True else ())))
+        if choices is True:
+            choices = _all_values(spec)
+        return replace(spec, controllable=tuple(map(spec.coerce, choices or ())))
     except ValueError as error:
         faults.append(Fault("bad-fact", f"fact `{name}`: {error}", where))
         return None
+
+
+def _all_values(spec: FactSpec) -> tuple[Any, ...]:
+    """Return every value that a fact can be set to, for `controllable: true`."""
+    if spec.type not in ("boolean", "enum"):
+        raise ValueError(
+            f"`controllable: true` goes with boolean and enum; list what {a_type(spec.type)} can be set to"
+        )
+    return spec.values or (False, True)
 
 
 def _check_shape(raw: dict[str, Any]) -> None:

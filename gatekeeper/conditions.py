@@ -86,6 +86,7 @@ class ConditionParser:
         self.catalogue = catalogue
         self.faults = faults
         self.used: set[str] = set()
+        """Named conditions that something takes."""
         self._named = named
         self._open: list[str] = []
 
@@ -102,7 +103,8 @@ class ConditionParser:
                 parts.append(Not(self.parse(document, value, at)))
             elif word == "use":
                 names = [value] if isinstance(value, str) else value
-                parts += [self._use(name, document.where(at)) for name in names]
+                self.used.update(names)
+                parts += [self.named(name, document.where(at)) for name in names]
             elif word in ("every_layer", "any_layer"):
                 among = self.parse(document, value["where"], (*at, "where")) if "where" in value else ALWAYS
                 that = self.parse(document, value["that"], (*at, "that"))
@@ -111,7 +113,8 @@ class ConditionParser:
                 parts += self._tests(document, word, value, at)
         return parts[0] if len(parts) == 1 else All(tuple(parts))
 
-    def _use(self, name: str, where: Where) -> Condition:
+    def named(self, name: str, where: Where) -> Condition:
+        """Return a condition of conditions.yaml."""
         if name not in self._named:
             self._fault("unknown-condition", f"unknown condition `{name}`{nearest(name, self._named)}", where)
             return ALWAYS
@@ -119,7 +122,6 @@ class ConditionParser:
             chain = " uses ".join(f"`{n}`" for n in [*self._open[self._open.index(name) :], name])
             self._fault("cycle", f"conditions use each other in a circle: {chain}", where)
             return ALWAYS
-        self.used.add(name)
         document, data = self._named[name]
         self._open.append(name)
         condition = self.parse(document, data["that"], ("conditions", name, "that"))
@@ -216,10 +218,10 @@ class ConditionParser:
     def _items(self, spec: FactSpec, word: str, raw: Any, where: Where) -> Test:
         item = FactSpec(name=spec.name, type=spec.items, doc="", where=spec.where)
         if isinstance(raw, dict):
-            given = raw
+            pairs = [("eq", {"fact": one}) if inner == "fact" else (inner, one) for inner, one in raw.items()]
         else:
-            given = {"in" if isinstance(raw, list) else "eq": raw}
-        found = [self._test(item, inner, operand, where) for inner, operand in given.items()]
+            pairs = [("in" if isinstance(raw, list) else "eq", raw)]
+        found = [self._test(item, inner, operand, where) for inner, operand in pairs]
         tests = tuple(test for test in found if test is not None)
         return Test(spec.name, word, ItemTests(tests), where, tuple(name for test in tests for name in test.refers))
 
@@ -232,18 +234,18 @@ class ConditionParser:
 
     def template(self, text: str, where: Where, extra: frozenset[str] = frozenset()) -> tuple[str, ...]:
         """Check the `{fact}` places of a text and return their names; `{{` and `}}` are literal."""
-        names = []
         for found in TEMPLATE.finditer(text):
-            if found[0] in ("{{", "}}"):
-                continue
-            if found[1] is None:
+            if found[1] is None and found[0] not in ("{{", "}}"):
                 self._fault("bad-template", f"a lone `{found[0]}` in a text; write `{found[0] * 2}`", where)
-            elif found[1] not in extra and self.fact(found[1], where):
-                names.append(found[1])
-        return tuple(names)
+        return tuple(name for name in places(text) if name not in extra and self.fact(name, where))
 
     def _fault(self, code: str, message: str, where: Where) -> None:
         self.faults.append(Fault(code, message, where))
+
+
+def places(text: str) -> tuple[str, ...]:
+    """Return what stands in the `{fact}` places of a text."""
+    return tuple(found[1] for found in TEMPLATE.finditer(text) if found[1] is not None)
 
 
 def comparable(one: str, other: str) -> bool:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from gatekeeper import log
 from gatekeeper.asked import Asked, read_request
-from gatekeeper.conditions import TEMPLATE, All, FactRef, facts_of
+from gatekeeper.catalogue import FEATURE_GROUP
+from gatekeeper.conditions import places
 from gatekeeper.decision import Decision, Decisions, LayerDecision, State, ranges
 from gatekeeper.errors import FactError
 from gatekeeper.facts import Facts
+from gatekeeper.feature_facts import came_to
 from gatekeeper.judge import CompiledGate, Judge, Verdict
 from gatekeeper.remedies import with_remedies
 from gatekeeper.rules import Feature, Gate, RuleSet
@@ -29,12 +31,31 @@ def decide(rules: RuleSet, facts: Facts, features: Iterable[str] | None = None) 
     for name in names:
         if name not in rules.features:
             raise FactError(f"unknown feature `{name}`{nearest(name, rules.features)}")
-    compiled = _compiled(rules)
+    decided = _decided(rules, facts, names)
     decisions = {}
     for name in sorted(names):
-        decisions[name] = with_remedies(compiled[name].decide(facts), facts, compiled[name].decide)
+        again = partial(_decided_one, rules, name)
+        decisions[name] = with_remedies(decided[name], facts, again)
         log.decided(decisions[name])
     return Decisions(decisions)
+
+
+def _decided(rules: RuleSet, facts: Facts, names: Iterable[str]) -> dict[str, Decision]:
+    """Decide some features, and before them those that their gates read."""
+    compiled = _compiled(rules)
+    read = rules.catalogue.inputs(fact for name in names for fact in compiled[name].facts)
+    needed = {fact.split(".")[1] for fact in read if fact.startswith(f"{FEATURE_GROUP}.")}
+    decided: dict[str, Decision] = {}
+    for name in rules.order:
+        if name in needed or name in names:
+            decided[name] = compiled[name].decide(facts)
+        if name in needed:
+            facts = facts.with_decided(*came_to(decided[name], rules.features[name].outputs))
+    return decided
+
+
+def _decided_one(rules: RuleSet, name: str, facts: Facts) -> Decision:
+    return _decided(rules, facts, [name])[name]
 
 
 class _Feature:
@@ -44,11 +65,16 @@ class _Feature:
         self.rules = rules
         self.feature = feature
         self.gates = [CompiledGate(rules, gate) for gate in rules.gates[feature.name]]
-        self.facts = _facts_used(feature, rules.gates[feature.name], rules)
-        self.layer_facts = tuple(name for name in self.facts if rules.catalogue.is_layer_fact(name))
+        self.facts = _fields(rules.catalogue.decided_from[feature.name], rules)
+        self.layer_facts = tuple(filter(self._is_by_layer, self.facts))
         told = _facts_told(rules.gates[feature.name], rules)
-        self.layer_key = (*self.layer_facts, *(name for name in told if rules.catalogue.is_layer_fact(name)))
+        self.layer_key = (*self.layer_facts, *filter(self._is_by_layer, told))
         """Layers that agree in these are decided once: what is tested, and what a reason tells."""
+
+    def _is_by_layer(self, name: str) -> bool:
+        if name.startswith(f"{FEATURE_GROUP}."):
+            return self.feature.scope == self.rules.features[name.split(".")[1]].scope == "layer"
+        return self.rules.catalogue.is_layer_fact(name)
 
     def decide(self, facts: Facts) -> Decision:
         asked = read_request(self.feature.request, facts.values)
@@ -66,6 +92,7 @@ class _Feature:
             feature=self.feature.name,
             gate=gate.rule.name if gate else None,
             runner=facts.runner,
+            mode=(gate.rule.mode if gate else None) or self.feature.mode,
             request=asked.word,
             request_ignored=ignored,
             requested=asked.forced,
@@ -81,6 +108,9 @@ class _Feature:
             assumed={"assume": facts.assumed, "unknown": facts.unknown},
             facts_used=self._used(facts),
             rule_set={"name": self.rules.name, "version": self.rules.version, "digest": self.rules.digest},
+            warnings=gate.rule.warnings if gate else (),
+            otherwise={name: plain(output.otherwise) for name, output in self.feature.outputs.items()},
+            request_open=asked.unknown,
         )
 
     def _select(self, values: Values) -> tuple[CompiledGate | None, list[CompiledGate]]:
@@ -148,7 +178,11 @@ class _Feature:
                     index = layer.get("layer.index")
                     number = index if isinstance(index, int) else -1 - position
                     groups.setdefault(repr(layer[name]), (plain(layer[name]), []))[1].append(number)
-            if groups:
+            if (
+                not groups and name in facts.values
+            ):  # the layers are not known, and of another feature it is all the same
+                used[name] = plain(facts.values[name])
+            elif groups:
                 used[name] = {ranges(numbers): value for value, numbers in groups.values()}
         return used
 
@@ -186,26 +220,12 @@ def _combined(verdicts: list[Verdict], layers: list[LayerDecision]) -> Verdict:
     return Verdict("mixed", culprit.decided_by, reason, outcomes=culprit.outcomes)
 
 
-def _facts_used(feature: Feature, gates: Sequence[Gate], rules: RuleSet) -> tuple[str, ...]:
-    names = set(feature.request.names)
-    for gate in gates:
-        requires = [*gate.requires, *(one for option in gate.options for one in option.requires)]
-        conditions = [gate.applies_to, *(c for one in requires for c in (one.when, one.that))]
-        names |= facts_of(All(tuple(conditions)))
-        for outputs in (gate.outputs, *(option.outputs for option in gate.options)):
-            names |= {value.name for value in outputs.values() if isinstance(value, FactRef)}
-    names |= {o.value.name for o in feature.outputs.values() if isinstance(o.value, FactRef)}
-    return _fields(names, rules)
-
-
 def _facts_told(gates: Sequence[Gate], rules: RuleSet) -> tuple[str, ...]:
-    requires = [one for gate in gates for one in gate.requires]
-    requires += [one for gate in gates for option in gate.options for one in option.requires]
-    places = {found[1] for one in requires for found in TEMPLATE.finditer(one.reason)}
-    return _fields({name for name in places if name in rules.catalogue}, rules)
+    told = {name for gate in gates for one in gate.demands for name in places(one.reason)}
+    return _fields(told & rules.catalogue.keys(), rules)
 
 
-def _fields(names: set[str], rules: RuleSet) -> tuple[str, ...]:
+def _fields(names: Iterable[str], rules: RuleSet) -> tuple[str, ...]:
     """Return names sorted, a record's replaced by those of its fields."""
     expanded: set[str] = set()
     for name in names:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from gatekeeper.errors import RefusedError
-from gatekeeper.rules import Protects
+from gatekeeper.rules import Mode, Protects
 from gatekeeper.values import Missing, Value, plain
 
 State = Literal["on", "off", "mixed", "pending", "error"]
@@ -63,6 +63,8 @@ class Outcome:
     when: bool | None
     reason: str
     where: str
+    resolves_at: str | None
+    """Of an unknown one: the stage of loading at which it is known."""
     checks: tuple[Check, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -75,6 +77,7 @@ class Outcome:
             "option": self.option,
             "reason": self.reason,
             "where": self.where,
+            "resolves_at": self.resolves_at,
             "checks": [check.to_json() for check in self.checks],
         }
 
@@ -108,7 +111,8 @@ class Decision:
     feature: str
     gate: str | None
     runner: str
-    mode: Literal["enforce"] = "enforce"
+    mode: Mode
+    """`shadow`: true in all it says, and consumers see `in_force`, which is off."""
     request: str
     """What was asked: `auto on off both unknown`, or an option's name."""
     request_ignored: bool
@@ -131,6 +135,29 @@ class Decision:
     facts_used: Mapping[str, Any]
     """Name to value (absent: None; unknown ones left out); a layer fact by ranges of layers: ``{"1-60": "bf16"}``."""
     rule_set: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+    """What an operator must know at every decision: protection of correctness that an overlay took away."""
+    otherwise: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The outputs of the feature where it is not on."""
+    request_open: bool = field(default=False, repr=False)
+    """Whether what was asked is not fully known: then other features know nothing of this one."""
+
+    @cached_property
+    def in_force(self) -> Decision:
+        """What consumers obey: this decision, or in shadow mode the same feature off."""
+        if self.mode == "enforce":
+            return self
+        reason = f"In shadow mode: decided {self.option or self.state}, and not in force."
+        off: dict[str, Any] = {
+            "state": "off",
+            "option": None,
+            "degraded": "",
+            "outputs": self.otherwise,
+            "decided_by": "mode",
+            "reason": reason,
+        }
+        layers = None if self.layers is None else tuple(replace(layer, **off) for layer in self.layers)
+        return replace(self, mode="enforce", would_be=None, requested=False, layers=layers, **off)
 
     @cached_property
     def digest(self) -> str:
@@ -183,6 +210,7 @@ class Decision:
             "facts_used": dict(self.facts_used),
             "rule_set": dict(self.rule_set),
             "digest": self.digest,
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
 
 
@@ -202,10 +230,13 @@ class Decisions(Mapping[str, Decision]):
         return len(self._decisions)
 
     def require(self) -> None:
-        """Raise `RefusedError` where a decision is an error, or a requested feature is still pending."""
+        """Raise `RefusedError` where a decision is an error, or a requested feature is still pending.
+
+        Those in shadow mode are not in force and refuse nothing.
+        """
         bad = [
             f"{one.feature}: {'refused' if one.state == 'error' else 'requested, but pending'}: {one.reason}"
-            for one in self.values()
+            for one in (decision.in_force for decision in self.values())
             if one.state == "error" or (one.state == "pending" and one.requested)
         ]
         if bad:

@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 from gatekeeper.conditions import All, Any_, Condition, FactRef, Test
+from gatekeeper.rules import Gate
 from gatekeeper.values import ABSENT
+
+
+def overlapping(gates: Sequence[Gate]) -> Iterator[tuple[Gate, Gate]]:
+    """Yield the pairs of gates of one feature that could both apply.
+
+    Gates that pin one fact to different constants are apart already, so only those that share one are compared: a
+    feature with a thousand gates takes no million comparisons.
+    """
+    pinned = [_constants(gate.applies_to) for gate in gates]
+    facts = Counter(fact for constants in pinned for fact in constants)
+    fact = facts.most_common(1)[0][0] if facts else ""
+    groups: dict[Any, list[int]] = {}
+    free = [index for index, constants in enumerate(pinned) if fact not in constants]
+    for index, constants in enumerate(pinned):
+        for value in constants.get(fact, ()):
+            groups.setdefault(value, []).append(index)
+    near = {pair for group in groups.values() for pair in combinations(group, 2)}
+    near |= {(min(one, two), max(one, two)) for one in free for two in range(len(gates)) if one != two}
+    for one, two in sorted(near):
+        if gates[one].name != gates[two].name and not disjoint(gates[one].applies_to, gates[two].applies_to):
+            yield gates[one], gates[two]
 
 
 def disjoint(one: Condition, other: Condition) -> bool:

@@ -10,7 +10,7 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from gatekeeper.values import ABSENT, UNKNOWN, Arch, Missing, Value, Values, Version, records_equal
@@ -30,6 +30,8 @@ class Expression:
     names: frozenset[str]
     """Facts that it reads."""
     evaluate: Evaluate
+    tree: ast.expr = field(repr=False, compare=False)
+    """What it was compiled from, for the check of its types."""
 
     def __call__(self, values: Values) -> Value | Missing:
         return self.evaluate(values)
@@ -45,7 +47,7 @@ def parse_expression(text: str) -> Expression:
         raise ValueError(f"`{_cut(text)}` is not an expression; expected one such as `model.a + 1`") from None
     compiler = _Compiler()
     evaluate = compiler.compile(tree.body)
-    return Expression(text, frozenset(compiler.names), evaluate)
+    return Expression(text, frozenset(compiler.names), evaluate, tree.body)
 
 
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {

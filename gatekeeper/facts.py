@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -16,6 +16,7 @@ Runner = Literal["target", "draft"]
 
 ROLE_OF: dict[str, str] = {"target": "main", "draft": "mtp"}
 """The role of the layers that each runner loads."""
+_MAIN = Reading("main")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,27 @@ class Facts:
 
     def with_fact(self, name: str, value: Value) -> Facts:
         """Return the same facts but for one that is set by hand; what is derived from it follows."""
-        given = {**self.given, name: Reading(value, "supposed")}
+        return self.with_facts({name: value})
+
+    def with_facts(self, changes: Mapping[str, Value | Missing | None]) -> Facts:
+        """Return the same facts but for some that are set by hand, or (None) taken back; what is derived follows."""
+        given = {name: reading for name, reading in self.given.items() if name not in changes}
+        given |= {name: Reading(value, "supposed") for name, value in changes.items() if value is not None}
         layers = None if self.given_layers is None else list(self.given_layers)
         done = self.catalogue.complete(given, layers, self.flags)
         return replace(self, readings=done.readings, layers=done.layers, given=given)
+
+    def with_decided(self, readings: Readings, layers: Sequence[Readings] | None) -> Facts:
+        """Return the same facts with what a feature came to, as a whole and in each layer that this runner loads."""
+        new = self.layers
+        if layers is not None and self.layers is not None:
+            added = iter(layers)
+            new = tuple({**one, **next(added)} if self._is_loaded(one) else one for one in self.layers)
+        return replace(self, readings={**self.readings, **readings}, layers=new)
+
+    def _is_loaded(self, layer: Readings) -> bool:
+        # A rule set may do without the fact; then all layers are the target's.
+        return layer.get("layer.role", _MAIN).value == ROLE_OF[self.runner]
 
     @cached_property
     def values(self) -> Values:
@@ -51,12 +69,7 @@ class Facts:
     @cached_property
     def runner_layers(self) -> tuple[Readings, ...] | None:
         """The layers that this runner loads: target `main`, draft `mtp`."""
-        if self.layers is None:
-            return None
-        role = ROLE_OF[self.runner]
-        # A rule set may do without the fact; then all layers are the target's.
-        main = Reading("main")
-        return tuple(layer for layer in self.layers if layer.get("layer.role", main).value == role)
+        return None if self.layers is None else tuple(filter(self._is_loaded, self.layers))
 
     @cached_property
     def runner_layer_values(self) -> tuple[Values, ...] | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gatekeeper.asked import Asked
+from gatekeeper.catalogue import STAGES
 from gatekeeper.compile import LAYERS, Closure, compile_condition, fill
 from gatekeeper.conditions import All, FactRef, facts_of
 from gatekeeper.decision import Outcome, OutcomeState, State
@@ -244,11 +245,21 @@ class Judge:
         reason = self._sentence(judged.requirement.rule)
         if state == "pending":
             rule = judged.requirement.rule
-            names = sorted(n for n in facts_of(All((rule.when, rule.that))) if not self._is_known(n))
-            reason = f"Depends on {_listed(names)}, not known yet. {reason}"
+            names = self._unknown(rule)
+            on = _listed(names) or "the MoE layers"
+            reason = f"Depends on {on}, not known yet (stage {self._stage(names)}). {reason}"
         elif forced:
             reason += " A request does not waive this."
         return Verdict(state, judged.requirement.rule.id, reason)
+
+    def _unknown(self, rule: Requirement) -> list[str]:
+        return sorted(name for name in facts_of(All((rule.when, rule.that))) if not self._is_known(name))
+
+    def _stage(self, names: Sequence[str]) -> str:
+        """Return the stage at which all of some facts are known."""
+        stages = [self.rules.catalogue.stage_of(name) for name in names]
+        # Without a name it is the list of layers that is not known.
+        return max(stages, key=STAGES.index, default="checkpoint")
 
     def _is_known(self, name: str) -> bool:
         spec = self.rules.catalogue[name]
@@ -272,6 +283,7 @@ class Judge:
             when=judged.when,
             reason="" if judged.state in ("passed", "not_applicable") else self._sentence(rule),
             where=f"{rule.where.file}:{rule.where.line}",
+            resolves_at=self._stage(self._unknown(rule)) if judged.open else None,
             checks=tuple(collect(All((rule.when, rule.that)), self.values, self.facts, self.layer, catalogue)),
         )
 

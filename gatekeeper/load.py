@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
+from typing import TypeAlias
 
 from gatekeeper.data import data_folder
 from gatekeeper.errors import Fault, RuleError, Where
 from gatekeeper.parse_rules import MANIFEST, RuleParser
+from gatekeeper.passed import remembering, shape_faults
 from gatekeeper.rules import RuleSet
-from gatekeeper.source import Document, scan_file, scan_yaml, schema_faults
+from gatekeeper.source import Document, scan_file, scan_yaml
+
+Kinds: TypeAlias = dict[str, list[Document]]
 
 # Kind of file by its folder, and of the files that stand alone.
 _FOLDERS = {"features": "feature", "gates": "gate", "facts": "facts", "families": "family", "formats": "format"}
 _ALONE = {f"{kind}.yaml": kind for kind in ("conditions", "requirements", "platforms", "layouts")}
 # What a rule set takes from the one that it extends.
 _BROKEN = "broken"
-_INHERITED = frozenset({"feature", "facts", "family", "format", *_ALONE.values(), _BROKEN})
+_AMENDMENT = "amendment"
+_OVERLAY = "overlay"
+_INHERITED = frozenset({"feature", "facts", "family", "format", *_ALONE.values(), _AMENDMENT, _BROKEN})
 # Keys whose entries stand each for itself, and keys whose entries other files name.
 _ENTRIES = frozenset({"requires", "options", "facts", "conditions", "requirements", "platforms", "layouts"})
 _DECLARING = frozenset({"facts", "conditions", "requirements", "feature"})
@@ -30,29 +36,62 @@ def shipped_rules() -> RuleSet:
     return load_rules()
 
 
-def load_rules(path: Path | str | None = None) -> RuleSet:
-    """Load the rule set of a folder (the shipped one without `path`). Raises `RuleError` with every fault found."""
-    folder = data_folder("rules") if path is None else Path(path)
-    faults: list[Fault] = []
-    documents = _read_folder(folder, faults, ())
-    return _build(documents, faults)
+def load_rules(path: Path | str | None = None, overlays: Sequence[Path | str] = (), *, fresh: bool = False) -> RuleSet:
+    """Load the rule set of a folder (the shipped one without `path`), with overlays laid over it in their order.
+
+    A file whose shape was right before is not checked for it again, save with `fresh`. Raises `RuleError` with every
+    fault found.
+    """
+    if not fresh:
+        try:
+            with remembering():
+                return _load(path, overlays)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            pass  # a wrong shape among the remembered ones, which others have put there: check them all, and say it
+    return _load(path, overlays)
 
 
-def parse_rule_set(files: Mapping[str, str]) -> RuleSet:
-    """Load a rule set from texts by relative path, ``{"ruleset.yaml": ..., "gates/x/y.yaml": ...}``."""
+def _load(path: Path | str | None, overlays: Sequence[Path | str]) -> RuleSet:
     faults: list[Fault] = []
+    own: set[str] = set()
+    kinds = _extended(data_folder("rules") if path is None else Path(path), faults, own)
+    return _build(_laid_over(kinds, [_read_folder(Path(one), faults, own) for one in overlays], faults), faults, own)
+
+
+def parse_rule_set(files: Mapping[str, str], overlays: Sequence[Mapping[str, str]] = ()) -> RuleSet:
+    """Load a rule set from texts by relative path, ``{"ruleset.yaml": ..., "gates/x/y.yaml": ...}``, and overlays."""
+    faults: list[Fault] = []
+    kinds, *over = [_parse_texts(one, faults) for one in (files, *overlays)]
+    return _build(_laid_over(kinds, over, faults), faults, {name for one in (files, *overlays) for name in one})
+
+
+def _parse_texts(files: Mapping[str, str], faults: list[Fault]) -> Kinds:
     documents = []
     for name, text in sorted(files.items()):
         document, found = scan_yaml(text, name)
         documents.append((name, document))
         faults += found
-    return _build(_by_kind(documents, faults), faults)
+    return _by_kind(documents, faults)
 
 
-def _read_folder(folder: Path, faults: list[Fault], opened: tuple[Path, ...]) -> dict[str, list[Document]]:
+def _laid_over(kinds: Kinds, overlays: Sequence[Kinds], faults: list[Fault]) -> Kinds:
+    """Add what overlays hold: their manifests name them, and they extend nothing."""
+    for overlay in overlays:
+        for manifest in overlay["ruleset"]:
+            if "extends" in manifest.data:
+                message = "an overlay extends nothing: it amends the rule set that it is laid over; remove `extends`"
+                faults.append(Fault("wrong-overlay", message, manifest.where(("extends",))))
+        overlay[_OVERLAY] = overlay.pop("ruleset")
+        overlay["ruleset"] = []
+        kinds = {kind: [*kinds.get(kind, []), *found] for kind, found in overlay.items()}
+    return {_OVERLAY: [], **kinds}
+
+
+def _read_folder(folder: Path, faults: list[Fault], files: set[str]) -> Kinds:
+    """Read the files of one folder, without what it extends; their names are added to `files`."""
     try:
         if not (folder / MANIFEST).is_file():
-            message = f"not a rule set: expected a folder with `{MANIFEST}`; name one with --rules"
+            message = f"not a rule set: expected a folder with `{MANIFEST}`; name one with --rules or --overlay"
             raise RuleError([Fault("no-manifest", message, Where(str(folder)))])
         paths = list(_rule_files(folder))
     except OSError as error:
@@ -62,8 +101,14 @@ def _read_folder(folder: Path, faults: list[Fault], opened: tuple[Path, ...]) ->
     for path in paths:
         document, found = scan_file(path, _short(path))
         documents.append((path.relative_to(folder).as_posix(), document))
+        files.add(document.file)
         faults += found
-    kinds = _by_kind(documents, faults)
+    return _by_kind(documents, faults)
+
+
+def _extended(folder: Path, faults: list[Fault], files: set[str], opened: tuple[Path, ...] = ()) -> Kinds:
+    """Read a folder and what it extends."""
+    kinds = _read_folder(folder, faults, files)
     base = kinds["ruleset"][0].data.get("extends") if kinds["ruleset"] else None
     if base is None:
         return kinds
@@ -74,7 +119,7 @@ def _read_folder(folder: Path, faults: list[Fault], opened: tuple[Path, ...]) ->
     if not (base_folder / MANIFEST).is_file():
         message = f"`{base}` is no rule set; expected `shipped`, or the path of a folder with `{MANIFEST}`"
         raise RuleError([*faults, Fault("no-manifest", message, where)])
-    inherited = _read_folder(base_folder, faults, (*opened, folder.resolve()))
+    inherited = _extended(base_folder, faults, set(), (*opened, folder.resolve()))
     return {k: [*(inherited[k] if k in _INHERITED else []), *own] for k, own in kinds.items()}
 
 
@@ -98,8 +143,9 @@ def _rule_files(folder: Path) -> Iterable[Path]:
             yield path
 
 
-def _by_kind(documents: list[tuple[str, Document]], faults: list[Fault]) -> dict[str, list[Document]]:
-    kinds: dict[str, list[Document]] = {k: [] for k in ("ruleset", *_FOLDERS.values(), *_ALONE.values(), _BROKEN)}
+def _by_kind(documents: list[tuple[str, Document]], faults: list[Fault]) -> Kinds:
+    names = ("ruleset", *_FOLDERS.values(), *_ALONE.values(), _AMENDMENT, _BROKEN)
+    kinds: Kinds = {kind: [] for kind in names}
     for name, document in documents:
         top = PurePosixPath(name).parts[0]
         kind = "ruleset" if name == MANIFEST else _ALONE.get(name) or (_FOLDERS.get(top) if "/" in name else None)
@@ -111,7 +157,9 @@ def _by_kind(documents: list[tuple[str, Document]], faults: list[Fault]) -> dict
         if document.data is None and any(fault.where.file == document.file for fault in faults):
             kinds[_BROKEN].append(document)
             continue
-        found = list(schema_faults(document, kind))
+        if kind == "gate" and isinstance(document.data, dict) and "amends" in document.data:
+            kind = _AMENDMENT
+        found = shape_faults(document, kind)
         faults += [fault for _, fault in found]
         if found:
             kinds[_BROKEN].append(document)
@@ -135,9 +183,10 @@ def _without(document: Document, paths: list[tuple[str | int, ...]]) -> Document
     return document.with_data(data)
 
 
-def _build(kinds: dict[str, list[Document]], faults: list[Fault]) -> RuleSet:
+def _build(kinds: Kinds, faults: list[Fault], own: Iterable[str]) -> RuleSet:
     broken = kinds.pop(_BROKEN)
-    rules = RuleParser(kinds, faults, partial=frozenset(document.file for document in broken)).build()
+    parser = RuleParser(kinds, faults, partial=frozenset(document.file for document in broken))
+    rules = parser.build(frozenset(own))
     if faults:
         raise RuleError(_first_causes(faults, kinds, broken))
     assert rules is not None
@@ -149,7 +198,7 @@ _UNKNOWN = re.compile(r"unknown \w+ `([^`]+)`")
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
-def _first_causes(faults: list[Fault], kinds: dict[str, list[Document]], broken: list[Document]) -> list[Fault]:
+def _first_causes(faults: list[Fault], kinds: Kinds, broken: list[Document]) -> list[Fault]:
     """Leave out what is unknown only because the file that declares it, or the entry there, is at fault itself."""
     if not kinds["ruleset"]:
         # Without its manifest it is not known what the rule set extends.

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import structlog
-
 from gatekeeper.decision import Decision
 
 _muted: ContextVar[bool] = ContextVar("muted", default=False)
@@ -23,15 +21,20 @@ def decided(decision: Decision) -> None:
     """Log a decision: info when automatic, warning when something was waived or is degraded, error when refused."""
     if _muted.get():
         return
+    import structlog  # with rich and asyncio the longest import of all; only who decides pays for it
+
     log = structlog.get_logger("gatekeeper")
     waived = decision.outcome_ids("waived")
     layers = decision.layers or ()
     degraded = decision.degraded or next((layer.degraded for layer in layers if layer.degraded), "")
     level = log.info
-    if decision.state == "error":
+    if decision.in_force.state == "error":
         level = log.error
-    elif waived or degraded or decision.request_ignored:
+    elif waived or degraded or decision.request_ignored or decision.warnings:
         level = log.warning
+    told = {"mode": decision.mode} if decision.mode == "shadow" else {}
+    if decision.warnings:
+        told["warnings"] = _short(list(decision.warnings))
     level(
         "gate.decided",
         feature=decision.feature,
@@ -46,6 +49,7 @@ def decided(decision: Decision) -> None:
         facts={name: _short(value) for name, value in decision.facts_used.items()},
         digest=decision.digest,
         rule_set=f"{decision.rule_set['name']} {decision.rule_set['version']}",
+        **told,
     )
 
 

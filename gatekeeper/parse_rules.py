@@ -1,40 +1,31 @@
-"""Documents to features, gates and requirements: ids, references, types and templates checked."""
+"""Documents to a RuleSet: features, conditions, presets and what holds between gates; gates are parse_gates.py's."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from itertools import combinations
+from collections.abc import Callable, Iterable
+from graphlib import CycleError, TopologicalSorter
 from typing import Any, TypeVar
 
-from gatekeeper.catalogue import FactSpec, a_type, parse_catalogue
-from gatekeeper.conditions import (
-    ALWAYS,
-    All,
-    Any_,
-    Condition,
-    ConditionParser,
-    FactRef,
-    Test,
-    comparable,
-    facts_of,
-    passes_if_absent,
-)
-from gatekeeper.disjoint import disjoint
+from gatekeeper.amendments import GateAmender, amend_shared
+from gatekeeper.catalogue import FEATURE_GROUP, STAGES, a_type, parse_catalogue
+from gatekeeper.conditions import All, ConditionParser, FactRef, facts_of
+from gatekeeper.content import content_digest
+from gatekeeper.disjoint import overlapping
 from gatekeeper.errors import Fault, RuleError, Where
 from gatekeeper.families import Family
+from gatekeeper.feature_facts import declared_facts, output_spec
 from gatekeeper.formats import Format
-from gatekeeper.rules import Feature, Gate, Option, Output, Request, Requirement, RuleSet
-from gatekeeper.source import Document, WrittenFloat, nearest
-from gatekeeper.values import ABSENT, Missing, Value
+from gatekeeper.parse_gates import GateParser
+from gatekeeper.rules import Feature, Gate, NamedCondition, Output, Request, Requirement, RuleSet
+from gatekeeper.source import Document, nearest
+from gatekeeper.values import ABSENT, Value
+from gatekeeper.waivers import read_waivers
 
 T = TypeVar("T")
 
 LANGUAGE = 1
 MANIFEST = "ruleset.yaml"
-RESERVED_OPTIONS = frozenset({"auto", "on", "off"})
+_DECIDES = frozenset({"applies_to", "requires", "options"})
 
 
 class RuleParser:
@@ -45,58 +36,158 @@ class RuleParser:
     ) -> None:
         self.kinds = kinds
         self.faults = faults
-        self.partial = partial
-        """Files of which entries are left out."""
-        self.catalogue = parse_catalogue(kinds["facts"], faults)
-        self.conditions = ConditionParser(self.catalogue, self._named("conditions"), faults)
-        self.shared: dict[str, Requirement] = {}
-        self._absence_meant: set[str] = set()  # shared requirements that say what absent means
-        self._outputs: dict[tuple[str, str], FactSpec] = {}
-        self._unclear: set[int] = set()  # gates whose `applies_to` is at fault
+        """What is wrong; `partial` are files of which entries are left out for that."""
+        decided = declared_facts(kinds["feature"], kinds["gate"])
+        self.catalogue = parse_catalogue(kinds["facts"], faults, decided)
+        self.named = self._named("conditions")
+        self.conditions = ConditionParser(self.catalogue, self.named, faults)
+        self.gates = GateParser(self.conditions, faults, partial)
 
-    def build(self) -> RuleSet | None:
-        for document in self.kinds["conditions"]:
-            for name in document.data["conditions"]:
-                self.conditions._use(name, document.where(("conditions", name)))
-        for name, (document, raw) in self._named("requirements").items():
-            self.shared[name] = self._requirement(document, {**raw, "id": name}, ("requirements", name), ALWAYS)
-            if "absent_passes" in raw:
-                self._absence_meant.add(name)
-        features: dict[str, Feature] = {}
-        gates: list[tuple[Document, Gate]] = []
-        for document in self.kinds["feature"]:
-            feature = self._feature(document)
-            if feature.name in features:
-                message = f"feature `{feature.name}` is declared in {features[feature.name].where} too"
-                self._fault("duplicate-feature", message, document, ("feature",))
-            features[feature.name] = feature
-        for document in [*self.kinds["feature"], *self.kinds["gate"]]:
-            name = document.data["feature"]
-            if name not in features:
-                self._fault(
-                    "unknown-feature", f"unknown feature `{name}`{nearest(name, features)}", document, ("feature",)
-                )
-            elif document in self.kinds["gate"] or document.data.keys() & {"applies_to", "requires", "options"}:
-                gates.append((document, self._gate(document, features[name])))
-        self._check_gates(gates)
+    def build(self, own: frozenset[str]) -> RuleSet | None:
+        """Return the rule set, or None where there are faults; `own` are its files without those of a base."""
+        conditions = self._conditions()
+        self._shared_requirements()
+        features = self._features()
+        gates = self._gates(features)
+        order = self._order(features, gates)
+        self._check_gates(features, gates)
         manifest = self._manifest()
         families = self._parsed("family", Family.parse)
         formats = self._parsed("format", Format.parse)
         platforms, layouts = self._presets("platforms"), self._presets("layouts")
         if self.faults or manifest is None:
             return None
+        taken = {f"condition {name}" for name in self.conditions.used}
+        overlays = [document.data for document in self.kinds["overlay"]]
         return RuleSet(
-            name=manifest["name"],
-            version=_text(manifest["version"]),
+            name="+".join([manifest["name"], *(one["name"] for one in overlays)]),
+            version="+".join([_text(manifest["version"]), *(_text(one["version"]) for one in overlays)]),
             digest=content_digest(self.kinds),
             catalogue=self.catalogue,
             features=dict(sorted(features.items())),
-            gates={name: tuple(gate for _, gate in gates if gate.feature == name) for name in sorted(features)},
+            gates={name: tuple(found) for name, found in sorted(_by_feature(features, gates).items())},
+            order=order,
+            conditions=conditions,
+            requirements=dict(self.gates.shared),
+            used=frozenset(taken | {f"requirement {name}" for name in self.gates.taken}),
+            files=own,
             families=families,
             formats=formats,
             platforms=platforms,
             layouts=layouts,
         )
+
+    def _conditions(self) -> dict[str, NamedCondition]:
+        found = {}
+        for name, (document, raw) in self.named.items():
+            where = document.where(("conditions", name))
+            that, allow = self.conditions.named(name, where), read_waivers(document, raw, ("conditions", name))
+            found[name] = NamedCondition(name=name, doc=raw["doc"], that=that, allow=allow, where=where)
+        return found
+
+    def _shared_requirements(self) -> None:
+        for name, (document, raw) in self._named("requirements").items():
+            at = ("requirements", name)
+            self.gates.shared[name] = self.gates.shared_requirement(document, name, raw, at)
+        for document in self.kinds["amendment"]:
+            if "/" not in document.data["amends"]:
+                amend_shared(self.gates, document)
+
+    def _features(self) -> dict[str, Feature]:
+        features: dict[str, Feature] = {}
+        for document in self.kinds["feature"]:
+            feature = self._feature(document)
+            if feature.name in features:
+                message = f"feature `{feature.name}` is declared in {features[feature.name].where} too"
+                self._fault("duplicate-feature", message, document, ("feature",))
+            features[feature.name] = feature
+        return features
+
+    def _gates(self, features: dict[str, Feature]) -> list[Gate]:
+        found: list[Gate] = []
+        named: dict[tuple[str, str], int] = {}
+        unnamed: dict[str, list[Document]] = {}
+        declared = [document for document in self.kinds["feature"] if document.data.keys() & _DECIDES]
+        for document in [*declared, *self.kinds["gate"]]:
+            name = document.data["feature"]
+            if name not in features:
+                message = f"unknown feature `{name}`{nearest(name, features)}"
+                self._fault("unknown-feature", message, document, ("feature",))
+                continue
+            in_gates = "summary" not in document.data
+            gate = self.gates.gate(document, features[name], declared=not in_gates)
+            if in_gates and "gate" not in document.data:
+                unnamed.setdefault(name, []).append(document)
+            key = (gate.feature, gate.name)
+            if key in named:
+                message = f"gate `{name}/{gate.name}` stands in {found[named[key]].where} too"
+                self._fault("duplicate-gate", message, document, ("gate",))
+            named.setdefault(key, len(found))
+            found.append(gate)
+        for name, documents in unnamed.items():
+            if sum(gate.feature == name for gate in found) > 1:
+                for document in documents:
+                    message = f"`{name}` has several gates, so each needs a name; add `gate:`"
+                    self._fault("missing-key", message, document, ("feature",))
+        self._amend(features, found, named)
+        return found
+
+    def _amend(self, features: dict[str, Feature], gates: list[Gate], named: dict[tuple[str, str], int]) -> None:
+        for document in self.kinds["amendment"]:
+            feature, slash, gate = document.data["amends"].partition("/")
+            if not slash:
+                continue
+            if (feature, gate) in named:
+                index = named[feature, gate]
+                gates[index] = GateAmender(self.gates, features[feature], gates[index], document).amended()
+            else:
+                hint = nearest(document.data["amends"], ["/".join(key) for key in named])
+                self._fault("unknown-gate", f"unknown gate `{document.data['amends']}`{hint}", document, ("amends",))
+
+    def _order(self, features: dict[str, Feature], gates: list[Gate]) -> tuple[str, ...]:
+        """Return the features, each after those that its gates read; and tell the catalogue what each one reads."""
+        reads: dict[str, set[str]] = {name: set(feature.request.names) for name, feature in features.items()}
+        for name, feature in features.items():
+            reads[name] |= {one.value.name for one in feature.outputs.values() if isinstance(one.value, FactRef)}
+        for gate in gates:
+            reads[gate.feature] |= facts_of_gate(gate)
+        self.catalogue.decided_from = {name: frozenset(facts) for name, facts in reads.items()}
+        graph = {
+            name: {fact.split(".")[1] for fact in facts if fact.startswith(f"{FEATURE_GROUP}.")} & features.keys()
+            for name, facts in reads.items()
+        }
+        try:
+            return tuple(TopologicalSorter({name: sorted(graph[name]) for name in sorted(graph)}).static_order())
+        except CycleError as error:
+            chain = " on ".join(f"`{name}`" for name in reversed(error.args[1]))
+            where = features[error.args[1][0]].where
+            self.faults.append(Fault("cycle", f"features depend on each other in a circle: {chain}", where))
+            return ()
+
+    def _check_gates(self, features: dict[str, Feature], gates: list[Gate]) -> None:
+        for gate in gates:
+            self.gates.check(gate, features[gate.feature])
+            for requirement in gate.demands:
+                self._check_stage(requirement)
+        for name, found in _by_feature(features, gates).items():
+            for one, other in overlapping([gate for gate in found if (name, gate.name) not in self.gates.unclear]):
+                message = (
+                    f"`{other.name}` and `{one.name}` ({one.where}) could both apply; "
+                    "test one fact against different constants in their `applies_to`"
+                )
+                self.faults.append(
+                    Fault("overlapping-gates", message, self.gates.scopes.get((name, other.name), other.where))
+                )
+
+    def _check_stage(self, requirement: Requirement) -> None:
+        due = requirement.at
+        if due is None:
+            return
+        for fact in sorted(facts_of(All((requirement.when, requirement.that))) & self.catalogue.keys()):
+            stage = self.catalogue.stage_of(fact)
+            if STAGES.index(stage) > STAGES.index(due):
+                message = f"`{requirement.id}` is due at stage {due}, and `{fact}` is known from stage {stage} on"
+                self.faults.append(Fault("late-fact", message, requirement.where))
 
     def _named(self, kind: str) -> dict[str, tuple[Document, Any]]:
         """Return the entries of conditions.yaml or requirements.yaml; those of a base can't be declared again."""
@@ -130,12 +221,14 @@ class RuleParser:
                 self.faults.append(Fault("no-manifest", f"expected a file `{MANIFEST}`", Where(MANIFEST)))
             return None
         document = self.kinds["ruleset"][0]
+        for manifest in (document, *self.kinds["overlay"]):
+            language = manifest.data["language"]
+            if language != LANGUAGE:
+                message = f"language {language} is not known to this release, which reads language {LANGUAGE}"
+                newer = language > LANGUAGE
+                hint = "; install a later release of model-gatekeeper" if newer else "; write `language: 1`"
+                self._fault("unknown-language", message + hint, manifest, ("language",))
         data: dict[str, Any] = document.data
-        if data["language"] != LANGUAGE:
-            message = f"language {data['language']} is not known to this release, which reads language {LANGUAGE}"
-            newer = data["language"] > LANGUAGE
-            hint = "; install a later release of model-gatekeeper" if newer else "; write `language: 1`"
-            self._fault("unknown-language", message + hint, document, ("language",))
         return data
 
     def _presets(self, kind: str) -> dict[str, dict[str, Value]]:
@@ -159,24 +252,24 @@ class RuleParser:
 
     def _feature(self, document: Document) -> Feature:
         data = document.data
-        where = document.where(("feature",))
+        scope = data.get("scope", "model")
         outputs = {}
         for name, raw in data.get("outputs", {}).items():
             at = document.where(("outputs", name))
-            spec = _output_spec(name, raw, at)
-            value = ABSENT if "value" not in raw else self._output_value(spec, raw["value"], at)
-            otherwise = ABSENT if raw["else"] is None else self._coerced(spec, raw["else"], at)
-            self._outputs[data["feature"], name] = spec
-            if isinstance(value, FactRef) and data.get("scope") != "layer":
-                self._check_output_scope(value, at)
-            outputs[name] = Output(name=name, type=raw["type"], value=value, otherwise=otherwise)
+            spec = output_spec(name, raw, at)
+            value = ABSENT if "value" not in raw else self.gates.output_value(spec, raw["value"], at, scope)
+            otherwise = ABSENT if raw["else"] is None else self.gates.coerced(spec, raw["else"], at)
+            outputs[name] = Output(name=name, spec=spec, doc=raw.get("doc", ""), value=value, otherwise=otherwise)
         return Feature(
             name=data["feature"],
             summary=data["summary"],
-            scope=data.get("scope", "model"),
+            scope=scope,
             request=self._request(document),
+            mode=data.get("mode", "enforce"),
             outputs=outputs,
-            where=where,
+            refs=tuple(data.get("refs", ())),
+            allow=read_waivers(document, data),
+            where=document.where(("feature",)),
         )
 
     def _request(self, document: Document) -> Request:
@@ -194,263 +287,26 @@ class RuleParser:
                 self.faults.append(Fault("wrong-type", message, where))
             if self.catalogue.is_layer_fact(name):
                 self.faults.append(Fault("layer-fact", f"`{name}` differs from layer to layer; a request can't", where))
+            if spec.group == FEATURE_GROUP:
+                message = f"`{name}` is what a feature came to, and nobody asks by it; test it in a requirement"
+                self.faults.append(Fault("wrong-value", message, where))
         return request
 
-    def _output_value(self, spec: FactSpec, raw: Any, where: Where) -> Value | FactRef | Missing:
-        if isinstance(raw, dict):
-            other = self.conditions.fact(raw["fact"], where)
-            if other is not None and not comparable(other.type, spec.type):
-                message = f"output `{spec.name}` is {a_type(spec.type)}, `{raw['fact']}` {a_type(other.type)}"
-                self.faults.append(Fault("wrong-type", message, where))
-            return FactRef(raw["fact"])
-        return self._coerced(spec, raw, where)
 
-    def _coerced(self, spec: FactSpec, raw: Any, where: Where) -> Value | Missing:
-        try:
-            return spec.coerce(raw)
-        except ValueError as error:
-            self.faults.append(Fault("wrong-value", f"output `{spec.name}`: {error}", where))
-            return ABSENT
-
-    def _gate(self, document: Document, feature: Feature) -> Gate:
-        data = document.data
-        scopes: Condition = ALWAYS
-        before = len(self.faults)
-        if "applies_to" in data:
-            scopes = self.conditions.parse(document, data["applies_to"], ("applies_to",))
-            for name in sorted(facts_of(scopes)):
-                if name in self.catalogue and self.catalogue.is_layer_fact(name):
-                    message = f"`applies_to` can't read `{name}`, which differs from layer to layer"
-                    self._fault("layer-fact", message, document, ("applies_to",))
-        if len(self.faults) > before:
-            self._unclear.add(id(document))
-        declared = document in self.kinds["feature"]
-        requires = self._requirements(document, data.get("requires", []), ("requires",), feature)
-        options = [
-            self._option(document, raw, ("options", index), feature)
-            for index, raw in enumerate(data.get("options", []))
-            if raw is not None
-        ]
-        for own in [[], *([*option.requires] for option in options)]:
-            self._check_ids([*requires, *own])
-        for name in {o.name for o in options if sum(o.name == p.name for p in options) > 1}:
-            self._fault("duplicate-id", f"option `{name}` stands twice", document, ("options",))
-        outputs = {} if declared else self._gate_outputs(document, data.get("outputs", {}), ("outputs",), feature)
-        for output in feature.outputs.values():
-            given = output.value is not ABSENT or output.name in outputs
-            missing = [o.name for o in options if output.name not in o.outputs]
-            if not given and (missing or not options) and document.file not in self.partial:
-                by = f" with option `{missing[0]}`" if missing else ""
-                self._fault("no-output", f"nothing gives output `{output.name}`{by}", document, ())
-        return Gate(
-            feature=feature.name,
-            name=data.get("gate", feature.name),
-            applies_to=scopes,
-            request="honoured" if declared else data.get("request", "honoured"),
-            on_failure=data.get("on_failure", "off"),
-            requires=tuple(requires),
-            options=tuple(options),
-            outputs=outputs,
-            refs=tuple(data.get("refs", ())),
-            where=document.where(("gate",) if "gate" in data else ("feature",)),
-        )
-
-    def _option(self, document: Document, raw: dict[str, Any], path: tuple[str | int, ...], feature: Feature) -> Option:
-        if raw["option"] in RESERVED_OPTIONS:
-            self._fault("wrong-value", f"an option can't be called `{raw['option']}`", document, (*path, "option"))
-        requires = self._requirements(document, raw.get("requires", []), (*path, "requires"), feature)
-        for requirement in requires:
-            if requirement.on_failure == "error":
-                message = "an option's requirement has no `on_failure`; the gate has one for when no option is left"
-                self.faults.append(Fault("wrong-value", message, requirement.where))
-        return Option(
-            name=raw["option"],
-            requires=tuple(requires),
-            outputs=self._gate_outputs(document, raw.get("outputs", {}), (*path, "outputs"), feature),
-            degraded=raw.get("degraded", ""),
-            where=document.where((*path, "option")),
-        )
-
-    def _gate_outputs(
-        self, document: Document, raw: dict[str, Any], path: tuple[str | int, ...], feature: Feature
-    ) -> dict[str, Value | FactRef]:
-        result: dict[str, Value | FactRef] = {}
-        for name, value in raw.items():
-            where = document.where((*path, name))
-            if name not in feature.outputs:
-                message = f"feature `{feature.name}` has no output `{name}`{nearest(name, feature.outputs)}"
-                self.faults.append(Fault("unknown-output", message, where))
-                continue
-            given = self._output_value(self._outputs[feature.name, name], value, where)
-            if isinstance(given, FactRef) and feature.scope == "model":
-                self._check_output_scope(given, where)
-            if not isinstance(given, Missing):
-                result[name] = given
-        return result
-
-    def _requirements(
-        self,
-        document: Document,
-        raw: list[Any],
-        path: tuple[str | int, ...],
-        feature: Feature,
-        outer: Condition = ALWAYS,
-    ) -> list[Requirement]:
-        found: list[Requirement] = []
-        for index, one in enumerate(raw):
-            if one is None:  # left out, for it is at fault
-                continue
-            at = (*path, index)
-            when = outer
-            if "when" in one:
-                when = _both(outer, self.conditions.parse(document, one["when"], (*at, "when")))
-            if "requires" in one:
-                found += self._requirements(document, one["requires"], (*at, "requires"), feature, when)
-            elif "use" in one:
-                found += self._taken(document, one, at, outer, when)
-            else:
-                found.append(self._requirement(document, one, at, outer))
-        if feature.scope == "model":
-            for requirement in found:
-                for name in sorted(facts_of(All((requirement.when, requirement.that)))):
-                    self._check_model_scope(name, requirement)
-        return found
-
-    def _check_output_scope(self, value: FactRef, where: Where) -> None:
-        if value.name in self.catalogue and self.catalogue.is_layer_fact(value.name):
-            message = (
-                f"`{value.name}` differs from layer to layer; give a fact of the whole model, or use `scope: layer`"
-            )
-            self.faults.append(Fault("layer-fact", message, where))
-
-    def _check_model_scope(self, name: str, requirement: Requirement) -> None:
-        in_layers = any(
-            isinstance(part, Test) and name in (part.fact, *part.refers)
-            for part in _outside_layers(All((requirement.when, requirement.that)))
-        )
-        if in_layers and name in self.catalogue and self.catalogue.is_layer_fact(name):
-            message = (
-                f"`{name}` differs from layer to layer; test it under every_layer or any_layer, or use `scope: layer`"
-            )
-            self.faults.append(Fault("layer-fact", message, requirement.where))
-
-    def _taken(
-        self, document: Document, raw: dict[str, Any], path: tuple[str | int, ...], outer: Condition, when: Condition
-    ) -> list[Requirement]:
-        name, where = raw["use"], document.where((*path, "use"))
-        if name not in self.shared:
-            message = f"unknown requirement `{name}`{nearest(name, self.shared)}"
-            self.faults.append(Fault("unknown-requirement", message, where))
-            return []
-        shared = self.shared[name]
-        if raw.get("protects") == "correctness" and name not in self._absence_meant:
-            self._check_absence(name, shared.that, where)
-        return [
-            replace(
-                shared,
-                # An own `when` takes the place of the shared one.
-                when=when if "when" in raw else _both(outer, shared.when),
-                protects=raw.get("protects", shared.protects),
-                on_failure=raw.get("on_failure", shared.on_failure),
-                where=where,
-            )
-        ]
-
-    def _requirement(
-        self, document: Document, raw: dict[str, Any], path: tuple[str | int, ...], outer: Condition
-    ) -> Requirement:
-        where = document.where(path)
-        when = self.conditions.parse(document, raw["when"], (*path, "when")) if "when" in raw else ALWAYS
-        that = self.conditions.parse(document, raw["that"], (*path, "that"))
-        self.conditions.template(raw["reason"], document.where((*path, "reason")), frozenset({"difference"}))
-        if raw["protects"] == "correctness" and "absent_passes" not in raw:
-            self._check_absence(raw["id"], that)
-        return Requirement(
-            id=raw["id"],
-            protects=raw["protects"],
-            when=_both(outer, when),
-            that=that,
-            reason=raw["reason"],
-            on_failure=raw.get("on_failure", "off"),
-            refs=tuple(raw.get("refs", ())),
-            where=where,
-        )
-
-    def _check_absence(self, name: str, that: Condition, where: Where | None = None) -> None:
-        known = [fact for fact in facts_of(that) if fact in self.catalogue]
-        test = passes_if_absent(that, self.catalogue) if len(known) == len(facts_of(that)) else None
-        if test is not None:
-            message = (
-                f"`{name}` protects correctness, and an absent `{test.fact}` would pass it; "
-                "write `absent: false` beside the test, or `absent_passes: because …`"
-            )
-            self.faults.append(Fault("absent-passes", message, where or test.where))
-
-    def _check_ids(self, requires: list[Requirement]) -> None:
-        seen: dict[str, Requirement] = {}
-        for requirement in requires:
-            if requirement.id in seen:
-                message = (
-                    f"requirement `{requirement.id}` stands twice in this gate, first at {seen[requirement.id].where}"
-                )
-                self.faults.append(Fault("duplicate-id", message, requirement.where))
-            seen[requirement.id] = requirement
-
-    def _check_gates(self, gates: list[tuple[Document, Gate]]) -> None:
-        for (first, one), (document, other) in combinations(gates, 2):
-            if one.feature != other.feature:
-                continue
-            for unnamed in (each for each in (first, document) if "gate" not in each.data):
-                if unnamed in self.kinds["gate"]:
-                    message = f"`{other.feature}` has several gates, so each needs a name; add `gate:`"
-                    self._fault("missing-key", message, unnamed, ("feature",))
-            if one.name == other.name:
-                message = f"gate `{other.feature}/{other.name}` stands in {one.where} too"
-                self._fault("duplicate-gate", message, document, ("gate",))
-            elif not {id(first), id(document)} & self._unclear and not disjoint(one.applies_to, other.applies_to):
-                message = (
-                    f"`{other.name}` and `{one.name}` ({one.where}) could both apply; "
-                    "test one fact against different constants in their `applies_to`"
-                )
-                self._fault("overlapping-gates", message, document, ("applies_to",))
+def _by_feature(features: Iterable[str], gates: Iterable[Gate]) -> dict[str, list[Gate]]:
+    found: dict[str, list[Gate]] = {name: [] for name in features}
+    for gate in gates:
+        found[gate.feature].append(gate)
+    return found
 
 
-def _outside_layers(condition: Condition) -> Iterable[Condition]:
-    if isinstance(condition, All | Any_):
-        for part in condition.parts:
-            yield from _outside_layers(part)
-    elif isinstance(condition, Test):
-        yield condition
-    elif hasattr(condition, "part"):
-        yield from _outside_layers(condition.part)
-
-
-def _both(one: Condition, other: Condition) -> Condition:
-    if one is ALWAYS or other is ALWAYS:
-        return other if one is ALWAYS else one
-    return All((one, other))
-
-
-def _output_spec(name: str, raw: dict[str, Any], where: Where) -> FactSpec:
-    values, items = tuple(raw.get("values", ())), raw.get("items", "string")
-    return FactSpec(name=name, type=raw["type"], doc="", where=where, values=values, items=items)
+def facts_of_gate(gate: Gate) -> frozenset[str]:
+    """Return every fact that a gate's answer rests on."""
+    conditions = [gate.applies_to, *(part for one in gate.demands for part in (one.when, one.that))]
+    outputs = [gate.outputs, *(option.outputs for option in gate.options)]
+    given = {value.name for values in outputs for value in values.values() if isinstance(value, FactRef)}
+    return facts_of(All(tuple(conditions))) | given
 
 
 def _text(value: Any) -> str:
     return str(getattr(value, "text", value))
-
-
-def content_digest(kinds: Mapping[str, list[Document]]) -> str:
-    """Return the SHA-256 of what the documents say; how they are laid out or commented does not count."""
-    content = [[kind, document.data] for kind, documents in sorted(kinds.items()) for document in documents]
-    texts = sorted(json.dumps(_canonical(one), sort_keys=True, ensure_ascii=False) for one in content)
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
-
-
-def _canonical(value: Any) -> Any:
-    """Return content as the digest sees it: a number that a version may be read from counts as written."""
-    if isinstance(value, dict):
-        return {key: _canonical(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_canonical(item) for item in value]
-    return {"number": value.text} if isinstance(value, WrittenFloat) else value

@@ -6,15 +6,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gatekeeper.catalogue import Catalogue
+from gatekeeper.catalogue import Catalogue, FactSpec
 from gatekeeper.conditions import ALWAYS, Condition, FactRef
 from gatekeeper.errors import Where
 from gatekeeper.families import Family
 from gatekeeper.formats import Format
 from gatekeeper.values import ABSENT, Missing, Value
+from gatekeeper.waivers import Waiver
 
 Protects = Literal["correctness", "support", "speed"]
 OnFailure = Literal["off", "error"]
+RequestRule = Literal["honoured", "ignored", "required"]
+Mode = Literal["enforce", "shadow"]
+Stage = Literal["config", "checkpoint", "platform", "layout"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedCondition:
+    """A condition of conditions.yaml."""
+
+    name: str
+    doc: str
+    that: Condition
+    allow: tuple[Waiver, ...] = ()
+    where: Where
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +43,12 @@ class Requirement:
     reason: str
     """Template: ``With 384 experts ... not with {quant.method}.``"""
     on_failure: OnFailure = "off"
+    at: Stage | None = None
+    """It must be decidable at this stage of loading."""
+    shared: str = ""
+    """Name of the shared requirement that the gate takes."""
     refs: tuple[str, ...] = ()
+    allow: tuple[Waiver, ...] = ()
     where: Where
     """Where the gate takes it (a shared requirement: its `use`)."""
 
@@ -45,6 +65,8 @@ class Option:
     requires: tuple[Requirement, ...] = ()
     outputs: Mapping[str, Value | FactRef] = field(default_factory=dict)
     degraded: str = ""
+    refs: tuple[str, ...] = ()
+    allow: tuple[Waiver, ...] = ()
     where: Where
 
 
@@ -53,7 +75,9 @@ class Output:
     """What consumers read beside the state."""
 
     name: str
-    type: str
+    spec: FactSpec
+    """Its type, as a fact for other gates."""
+    doc: str = ""
     value: Value | FactRef | Missing = ABSENT
     """`ABSENT`: the gate or the option gives it."""
     otherwise: Value | Missing = ABSENT
@@ -81,7 +105,10 @@ class Feature:
     summary: str
     scope: Literal["model", "layer"] = "model"
     request: Request = Request()
+    mode: Mode = "enforce"
     outputs: Mapping[str, Output] = field(default_factory=dict)
+    refs: tuple[str, ...] = ()
+    allow: tuple[Waiver, ...] = ()
     where: Where
 
 
@@ -93,13 +120,23 @@ class Gate:
     name: str
     """The feature's name where it was left out."""
     applies_to: Condition = ALWAYS
-    request: Literal["honoured", "ignored", "required"] = "honoured"
+    request: RequestRule = "honoured"
+    mode: Mode | None = None
+    """None: the feature's."""
     on_failure: OnFailure = "off"
     requires: tuple[Requirement, ...] = ()
     options: tuple[Option, ...] = ()
     outputs: Mapping[str, Value | FactRef] = field(default_factory=dict)
     refs: tuple[str, ...] = ()
+    allow: tuple[Waiver, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """What an operator must know at every decision: protection that an overlay took away."""
     where: Where
+
+    @property
+    def demands(self) -> tuple[Requirement, ...]:
+        """The gate's requirements and those of all its options."""
+        return (*self.requires, *(one for option in self.options for one in option.requires))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,6 +150,15 @@ class RuleSet:
     features: Mapping[str, Feature]
     gates: Mapping[str, tuple[Gate, ...]]
     """By feature; every feature is there."""
+    order: tuple[str, ...]
+    """The features, each after those that its gates read."""
+    conditions: Mapping[str, NamedCondition]
+    requirements: Mapping[str, Requirement]
+    """The shared ones, by name."""
+    used: frozenset[str]
+    """Names of conditions and of shared requirements that something takes: ``condition own-loader``."""
+    files: frozenset[str]
+    """Files of the rule set itself and of its overlays, without those of a base."""
     families: Mapping[str, Family]
     formats: Mapping[str, Format]
     platforms: Mapping[str, Mapping[str, Value]]

@@ -44,6 +44,14 @@ def target_options(command: F) -> F:
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
         click.option("--strict", is_flag=True, help="Exit 3 where a decision is pending."),
         click.option(
+            "--overlay",
+            "overlays",
+            metavar="DIR",
+            multiple=True,
+            type=click.Path(path_type=Path),
+            help="Lay this rule set over it; several in their order.",
+        ),
+        click.option(
             "--rules", "rules_folder", metavar="DIR", type=click.Path(path_type=Path), help="Use this rule set."
         ),
         click.option("--runner", type=click.Choice(["target", "draft"]), help="Only this runner."),
@@ -76,10 +84,15 @@ class Target:
 
 
 def _target(
-    checkpoint: str, platform: str | None, settings: tuple[str, ...], runner: Runner | None, rules_folder: Path | None
+    checkpoint: str,
+    platform: str | None,
+    settings: tuple[str, ...],
+    runner: Runner | None,
+    rules_folder: Path | None,
+    overlays: tuple[Path, ...],
 ) -> Target:
     _set_up_logging()
-    rules = load_rules() if rules_folder is None else load_rules(rules_folder)
+    rules = load_rules(rules_folder, overlays)
     return Target(checkpoint=checkpoint, rules=rules, platform=platform, settings=_settings(settings), runner=runner)
 
 
@@ -94,6 +107,7 @@ def plan_command(
     settings: tuple[str, ...],
     runner: Runner | None,
     rules_folder: Path | None,
+    overlays: tuple[Path, ...],
     strict: bool,
     as_json: bool,
     tensors: bool,
@@ -101,7 +115,7 @@ def plan_command(
     """Decide and plan, reading nothing but headers."""
     from loader.load import prepare
 
-    target = _target(checkpoint, platform, settings, runner, rules_folder)
+    target = _target(checkpoint, platform, settings, runner, rules_folder, overlays)
     answers: list[dict[str, Any]] = []
     pending = False
     for facts, decisions in target.decided():
@@ -132,6 +146,7 @@ def load_command(
     settings: tuple[str, ...],
     runner: Runner | None,
     rules_folder: Path | None,
+    overlays: tuple[Path, ...],
     strict: bool,
     as_json: bool,
     device: str,
@@ -143,7 +158,7 @@ def load_command(
     from loader.text import count
     from loader.verify import verify
 
-    target = _target(checkpoint, platform, settings, runner, rules_folder)
+    target = _target(checkpoint, platform, settings, runner, rules_folder, overlays)
     answers: list[dict[str, Any]] = []
     pending = False
     for facts, decisions in target.decided():

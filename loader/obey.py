@@ -16,26 +16,25 @@ def fused_slots(decisions: Mapping[str, Decision], layer: int) -> int:
     decision = decisions.get(FUSION)
     if decision is None:
         return 0
-    if decision.layers is None:
-        return _slots(decision.state, decision.outputs, decision.mode)
-    for one in decision.layers:
+    seen = decision.in_force
+    if seen.layers is None:
+        return _slots(seen.state, seen.outputs)
+    for one in seen.layers:
         if one.index == layer:
-            return _slots(one.state, one.outputs, decision.mode)
+            return _slots(one.state, one.outputs)
     return 0
 
 
-def _slots(state: str, outputs: Mapping[str, Any] | None, mode: str) -> int:
-    # Pending is off, and so is what a shadow decision says, to every consumer.
-    if state != "on" or mode != "enforce":
-        return 0
-    return int((outputs or {})["num_fused_shared_experts"])
+def _slots(state: str, outputs: Mapping[str, Any] | None) -> int:
+    # Pending is off to every consumer.
+    return int((outputs or {})["num_fused_shared_experts"]) if state == "on" else 0
 
 
 def backend(decisions: Mapping[str, Decision], layer: int) -> str:
     """The kernel of MoE layer `layer`: the option decided for, else the eager one, which runs everywhere."""
-    decision = decisions.get(BACKEND)
-    if decision is None or decision.mode != "enforce":
+    if BACKEND not in decisions:
         return "eager"
+    decision = decisions[BACKEND].in_force
     state, option = decision.state, decision.option
     for one in decision.layers or ():
         if one.index == layer:

@@ -218,7 +218,13 @@ def test_a_target_that_can_not_be_read_is_exit_1_with_one_message(name: str, com
     targets = bad_targets(tmp_path)
     assert sorted(targets) == sorted(BAD)
     result = gatekeeper(command, str(targets[name]), "--json")
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.exit_code == 1
+    if command == "facts":
+        assert result.stdout == ""
+    else:
+        (answer,) = json.loads(result.stdout)
+        assert answer.keys() == {"target", "error"}
+        assert f"error: {answer['error']}\n" == result.stderr
     assert str(result.exception)
     assert "\n" not in str(result.exception)
 
@@ -444,3 +450,13 @@ def test_a_reader_that_goes_away_is_no_crash(small: str, tmp_path: Path) -> None
 def test_a_record_is_checked_by_its_schema() -> None:
     record: Any = {"id": "a", "facts": {"model.n": 1}, "layers": [], "assume": [], "unknown": [], "runner": "draft"}
     assert check_data(record, "record", "line") == []
+
+
+def test_a_torn_target_does_not_cost_the_others_their_answers(tmp_path: Path) -> None:
+    result = gatekeeper("decide", str(KIMI), str(tmp_path / "nowhere"), str(KIMI), "--json")
+    assert result.exit_code == 1
+    assert [list(answer) for answer in json.loads(result.stdout)] == [
+        ["target", "runner", "decisions"],
+        ["target", "error"],
+        ["target", "runner", "decisions"],
+    ]

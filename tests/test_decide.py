@@ -120,7 +120,7 @@ def test_reasons_are_rendered_and_every_requirement_is_reported() -> None:
 
 def test_a_pending_reason_names_what_is_not_known() -> None:
     found = decision(SWITCH, facts={name: value for name, value in GOOD.items() if name != "model.n"})
-    assert found.reason.startswith("Depends on `model.n`, not known yet.")
+    assert found.reason.startswith("Depends on `model.n`, not known yet (stage config).")
 
 
 @pytest.mark.parametrize(

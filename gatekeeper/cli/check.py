@@ -16,10 +16,10 @@ from gatekeeper.load import load_rules
 @rules_option
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="How faults are printed.")
 @click.pass_context
-def command(context: click.Context, rules_folder: Path | None, form: str) -> None:
+def command(context: click.Context, rules_folder: Path | None, overlays: tuple[Path, ...], form: str) -> None:
     """Read every file of a rule set and report all that is wrong, each with file, line and column."""
     try:
-        rules = load_rules(rules_folder)
+        rules = load_rules(rules_folder, overlays)
     except RuleError as error:
         if form == "json":
             print_json(

@@ -43,6 +43,7 @@ def command(
     settings: tuple[str, ...],
     runner: Runner | None,
     rules_folder: Path | None,
+    overlays: tuple[Path, ...],
     features: tuple[str, ...],
     lines: IO[bytes] | None,
     strict: bool,
@@ -55,7 +56,7 @@ def command(
     if bool(targets) == (lines is not None):
         raise click.UsageError("name at least one TARGET, or --facts FILE")
     set_up_logging()
-    rules = rules_of(rules_folder)
+    rules = rules_of(rules_folder, overlays)
     check_features(rules, features)
     chosen = features or None
     if lines is not None:
@@ -66,25 +67,36 @@ def command(
         context.exit(_decide_lines(rules, lines, chosen, strict))
     answers: list[dict[str, Any]] = []
     found: list[Decision] = []
-    for target, facts in facts_of_targets(targets, rules, platform, settings, runner):
-        decisions = decide(rules, facts, chosen)
-        found += decisions.values()
-        answers.append(
-            {"target": target, "runner": facts.runner, "decisions": [one.to_json() for one in decisions.values()]}
-        )
-        if not as_json:
-            click.echo(click.style(f"{target} ({facts.runner})", bold=True))
-            for decision in decisions.values():
-                for line in decision_lines(decision):
-                    click.echo(line)
-            click.echo()
+    torn = False
+    for target in targets:
+        try:
+            for _, facts in facts_of_targets([target], rules, platform, settings, runner):
+                decisions = list(decide(rules, facts, chosen).values())
+                found += decisions
+                answers.append(
+                    {"target": target, "runner": facts.runner, "decisions": [one.to_json() for one in decisions]}
+                )
+                if not as_json:
+                    _say(f"{target} ({facts.runner})", decisions)
+        except GatekeeperError as error:  # the other targets get their answers all the same
+            torn = True
+            answers.append({"target": target, "error": str(error)})
+            click.echo(f"error: {error}", err=True)
     if as_json:
         print_json(answers)
-    context.exit(_exit_code(found, strict))
+    context.exit(BAD_NEWS if torn else _exit_code(found, strict))
+
+
+def _say(title: str, decisions: list[Decision]) -> None:
+    click.echo(click.style(title, bold=True))
+    for decision in decisions:
+        for line in decision_lines(decision):
+            click.echo(line)
+    click.echo()
 
 
 def _exit_code(decisions: list[Decision], strict: bool) -> int:
-    if any(one.state == "error" for one in decisions):
+    if any(one.in_force.state == "error" for one in decisions):
         return BAD_NEWS
     return INCOMPLETE if strict and any(_is_pending(one) for one in decisions) else 0
 

@@ -25,10 +25,11 @@ def command(
     settings: tuple[str, ...],
     runner: Runner | None,
     rules_folder: Path | None,
+    overlays: tuple[Path, ...],
     as_json: bool,
 ) -> None:
     """Show every fact that rules may read; of TARGET, its value and the place it was read from."""
-    rules = rules_of(rules_folder)
+    rules = rules_of(rules_folder, overlays)
     if target is None:
         if platform or settings or runner:
             raise click.UsageError("--platform, --set and --runner go with a TARGET")

@@ -22,18 +22,35 @@ from gatekeeper.values import Missing
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-rules_option = click.option(
-    "--rules",
-    "rules_folder",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Use this rule set, not the shipped one.",
+_rules_options = (
+    click.option(
+        "--overlay",
+        "overlays",
+        metavar="DIR",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="Lay this rule set over it; several in their order.",
+    ),
+    click.option(
+        "--rules",
+        "rules_folder",
+        metavar="DIR",
+        type=click.Path(path_type=Path),
+        help="Use this rule set, not the shipped one.",
+    ),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON as the schemas describe it.")
 
 
+def rules_option(command: F) -> F:
+    """Add the options that say by which rules: --rules and --overlay."""
+    for option in _rules_options:
+        command = option(command)
+    return command
+
+
 def target_options(command: F) -> F:
-    """Add the options that say what a target is loaded on: --platform, --set, --runner, --rules."""
+    """Add the options that say what a target is loaded on: --platform, --set, --runner; and those of the rules."""
     for option in (
         rules_option,
         click.option("--runner", type=click.Choice(["target", "draft"]), help="Only this runner."),
@@ -46,9 +63,9 @@ def target_options(command: F) -> F:
     return command
 
 
-def rules_of(folder: Path | None) -> RuleSet:
+def rules_of(folder: Path | None, overlays: Sequence[Path] = ()) -> RuleSet:
     """Return the rule set asked for."""
-    return shipped_rules() if folder is None else load_rules(folder)
+    return load_rules(folder, overlays) if folder or overlays else shipped_rules()
 
 
 def parse_settings(settings: tuple[str, ...]) -> dict[str, str]:

@@ -20,12 +20,18 @@ DEFAULT = Path("tests/tables")
 @rules_option
 @json_option
 @click.pass_context
-def command(context: click.Context, paths: tuple[Path, ...], rules_folder: Path | None, as_json: bool) -> None:
+def command(
+    context: click.Context,
+    paths: tuple[Path, ...],
+    rules_folder: Path | None,
+    overlays: tuple[Path, ...],
+    as_json: bool,
+) -> None:
     """Run the tables in each PATH, a `*.table.yaml` or a folder of them (tests/tables without one).
 
     A table with no row, and a run with no table, is a failure.
     """
-    rules = rules_of(rules_folder)
+    rules = rules_of(rules_folder, overlays)
     if not paths and not DEFAULT.is_dir():
         raise click.UsageError(f"name a table or a folder of tables; there is no {DEFAULT} here")
     rows = [row for path in find_tables(list(paths) or [DEFAULT]) for row in read_table(path)]

@@ -26,10 +26,12 @@ def decided(
         return SimpleNamespace(index=index, state=state, option=None, outputs=outputs)
 
     layers = [layer(i, "on") for i in on] + [layer(i, "off") for i in off]
-    common = {"mode": "enforce", "runner": "target", "facts_used": {}, "option": None, "outputs": None}
+    common = {"runner": "target", "facts_used": {}, "option": None, "outputs": None}
     decisions = {"shared_experts_fusion": SimpleNamespace(**common, state="mixed", layers=layers)}
     if backend is not None:
         decisions["moe_backend"] = SimpleNamespace(**common | {"option": backend}, state="on", layers=None)
+    for decision in decisions.values():
+        decision.in_force = decision
     return decisions
 
 
