@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from gatekeeper.catalogue import Catalogue
+from gatekeeper.catalogue import FEATURE_GROUP, Catalogue
 from gatekeeper.errors import FactError
 from gatekeeper.source import nearest
 from gatekeeper.values import ABSENT, UNKNOWN, Missing, Reading, Readings, Value, Values
@@ -147,7 +147,7 @@ def from_record(catalogue: Catalogue, record: Mapping[str, Any]) -> Facts:
     The shape of `record` was checked by ``schema/record.schema.json``.
     """
     assumed, hidden = tuple(record.get("assume", ())), tuple(record.get("unknown", ()))
-    groups = {spec.group for spec in catalogue.values()}
+    groups = {spec.group for spec in catalogue.values()} - {FEATURE_GROUP}
     for group in assumed:
         if group not in groups:
             raise FactError(f"`assume` names no group of facts: `{group}`{nearest(group, groups)}")

@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -132,7 +133,9 @@ def scan_yaml(text: str, file: str) -> tuple[Document, list[Fault]]:
     parser = _Parser(text, file)
     data = parser.parse()
     whole = all(fault.code in _HARMLESS for fault in parser.faults)
-    return Document(file, data if whole else None, parser.marks, text), parser.faults
+    lines = text.splitlines() if parser.faults else []
+    faults = [replace(fault, where=replace(fault.where, lines=lines)) for fault in parser.faults]
+    return Document(file, data if whole else None, parser.marks, text), faults
 
 
 def parse_scalar(text: str, source: str = "--set") -> Any:
@@ -367,6 +370,12 @@ def _explained(error: ValidationError) -> Iterator[tuple[Path_, str, str]]:
         yield path, "wrong-value", f"{name} must be {_listed(options)}, not {_shown(given)}{hint}"
     elif kind == "pattern":
         yield path, "wrong-value", f"{name} is {_shown(given)}; expected {expected or value}"
+    elif kind == "minProperties" and given:
+        others = [key for key in schema.get("properties", {}) if key not in given]
+        yield path, "wrong-shape", f"{name} has only {_listed(given)}; add {_listed(others)}"
+    elif kind == "maxProperties":
+        message = f"{name} has {_listed(given)}; no more than {value} can stand together, write several"
+        yield path, "wrong-shape", message
     elif kind in _EMPTY:
         message = (
             f"{name} is empty; fill it" if not given else f"{name} is {_shown(given)}; write {value} characters or more"

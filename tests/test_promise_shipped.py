@@ -95,6 +95,8 @@ def loads(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     near = draw(st.booleans())
     facts: dict[str, Any] = {}
     for name, spec in RULES.catalogue.items():
+        if spec.group == "feature":  # decided, never given
+            continue
         if spec.only_derived or spec.type == "record" or name.startswith("layer.") or name == "model.runner":
             continue
         if near and name in FUSES and draw(st.integers(0, 19)):

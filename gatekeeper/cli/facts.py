@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from gatekeeper.catalogue import FactSpec
+from gatekeeper.catalogue import FEATURE_GROUP, FactSpec
 from gatekeeper.cli.options import facts_of_targets, json_option, print_json, rules_of, target_options
 from gatekeeper.decision import ranges
 from gatekeeper.facts import Facts, Runner
@@ -59,7 +59,7 @@ def fact_lines(facts: Facts) -> Iterator[str]:
         yield f"layers: unknown{f' ({facts.layers_note})' if facts.layers_note else ''}"
     else:
         yield from _layer_lines(facts)
-    unknown = [name for name, spec in facts.catalogue.items() if spec.type != "record"]
+    unknown = [name for name, spec in facts.catalogue.items() if spec.type != "record" and spec.group != FEATURE_GROUP]
     unknown = [n for n in unknown if not facts.catalogue.is_layer_fact(n) and facts.reading(n).value is UNKNOWN]
     if unknown:
         yield f"unknown: {', '.join(sorted(unknown))}"
