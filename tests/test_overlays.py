@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from gatekeeper import RuleError, RuleSet, decide, from_record, load_rules, parse_rule_set
+from gatekeeper import RuleError, RuleSet, decide, from_record, load_rules, parse_rule_set, read_facts
+from gatekeeper.load import shipped_rules
 from tests.small import decide_with, files
 
+ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = "name: site\nversion: 7\nlanguage: 1\n"
 GATE = """\
 feature: fused
@@ -199,6 +201,25 @@ def test_an_overlay_extends_nothing_and_needs_a_manifest(tmp_path: Path) -> None
     (tmp_path / "ruleset.yaml").unlink()
     with pytest.raises(RuleError, match="no-manifest"):
         load_rules(None, [tmp_path])
+
+
+def test_the_example_of_a_site_turns_on_what_it_has_validated() -> None:
+    settings = {"parallel.tp_size": 8}
+    states = []
+    for rules in (shipped_rules(), load_rules(None, [ROOT / "examples" / "site-overlay"])):
+        for model in ("moonshotai__Kimi-K2-Instruct", "moonshotai__Kimi-K2.5"):
+            target = ROOT / "tests" / "corpus" / model
+            facts = read_facts(target, platform="h200", set={**settings, "engine.name": "sglang"}, rules=rules)
+            loads = facts.with_fact("engine.loads_fused_shared", True).with_fact("engine.moe_a2a_backend", "none")
+            with capture_logs():
+                found = decide(rules, loads, ["shared_experts_fusion"])["shared_experts_fusion"]
+            states.append((found.state, found.outcome_ids("failed")))
+    assert states == [
+        ("off", ["quark-at-384"]),
+        ("off", ["one-storage", "quark-at-384"]),
+        ("on", []),
+        ("off", ["one-storage", "quark-at-384"]),
+    ]
 
 
 def test_an_overlay_over_the_shipped_rules(tmp_path: Path) -> None:
