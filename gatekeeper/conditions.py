@@ -269,6 +269,15 @@ def tests_of(condition: Condition) -> Iterator[tuple[Test, bool]]:
             yield from tests_of(part)
 
 
+def asks_layers(condition: Condition) -> bool:
+    """Whether a condition ranges over layers, so that it rests on the list of them."""
+    if isinstance(condition, Layers):
+        return True
+    if isinstance(condition, Not):
+        return asks_layers(condition.part)
+    return isinstance(condition, All | Any_) and any(map(asks_layers, condition.parts))
+
+
 def facts_of(condition: Condition) -> frozenset[str]:
     """Return every fact that a condition reads."""
     return frozenset(name for test, _ in tests_of(condition) for name in (test.fact, *test.refers))

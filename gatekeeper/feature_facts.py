@@ -53,14 +53,13 @@ def came_to(decision: Decision, outputs: Mapping[str, Output]) -> tuple[Readings
     known what was asked.
     """
     seen, layers = decision.in_force, decision.in_force.layers
+    # In shadow mode it is off for others, whatever may still be asked.
+    settled = decision.mode == "shadow" or not decision.request_open
     states = (seen.state, *(layer.state for layer in layers or ()))
-    whole = _readings(seen, seen, outputs, known="pending" not in states and not decision.request_open)
+    whole = _readings(seen, seen, outputs, known=settled and "pending" not in states)
     if not layers:
         return whole, None
-    return whole, [
-        _readings(seen, layer, outputs, known=layer.state != "pending" and not decision.request_open)
-        for layer in layers
-    ]
+    return whole, [_readings(seen, layer, outputs, known=settled and layer.state != "pending") for layer in layers]
 
 
 def _readings(

@@ -9,7 +9,7 @@ from typing import Any
 from gatekeeper.asked import Asked
 from gatekeeper.catalogue import STAGES
 from gatekeeper.compile import LAYERS, Closure, compile_condition, fill
-from gatekeeper.conditions import All, FactRef, facts_of
+from gatekeeper.conditions import All, FactRef, asks_layers, facts_of
 from gatekeeper.decision import Outcome, OutcomeState, State
 from gatekeeper.evidence import collect, difference
 from gatekeeper.facts import Facts
@@ -247,7 +247,7 @@ class Judge:
             rule = judged.requirement.rule
             names = self._unknown(rule)
             on = _listed(names) or "the MoE layers"
-            reason = f"Depends on {on}, not known yet (stage {self._stage(names)}). {reason}"
+            reason = f"Depends on {on}, not known yet (stage {self._stage(rule)}). {reason}"
         elif forced:
             reason += " A request does not waive this."
         return Verdict(state, judged.requirement.rule.id, reason)
@@ -255,15 +255,20 @@ class Judge:
     def _unknown(self, rule: Requirement) -> list[str]:
         return sorted(name for name in facts_of(All((rule.when, rule.that))) if not self._is_known(name))
 
-    def _stage(self, names: Sequence[str]) -> str:
-        """Return the stage at which all of some facts are known."""
-        stages = [self.rules.catalogue.stage_of(name) for name in names]
-        # Without a name it is the list of layers that is not known.
-        return max(stages, key=STAGES.index, default="checkpoint")
+    def _stage(self, rule: Requirement) -> str:
+        """Return the stage at which all that a requirement lacks is known."""
+        stages = [self.rules.catalogue.stage_of(name) for name in self._unknown(rule)]
+        if LAYERS not in self.values and asks_layers(All((rule.when, rule.that))):
+            stages.append("checkpoint")
+        return max(stages, key=STAGES.index, default=STAGES[0])
 
     def _is_known(self, name: str) -> bool:
-        spec = self.rules.catalogue[name]
-        return all(f"{name}.{key}" in self.values for key in spec.fields) if spec.fields else name in self.values
+        fields = self.rules.catalogue[name].fields
+        if fields:
+            return all(self._is_known(f"{name}.{key}") for key in fields)
+        layers: Any = self.values.get(LAYERS)
+        # Under every_layer and any_layer it is asked of each layer.
+        return name in self.values or (bool(layers) and all(name in layer for layer in layers))
 
     def _sentence(self, rule: Requirement) -> str:
         extra = {}
@@ -283,7 +288,7 @@ class Judge:
             when=judged.when,
             reason="" if judged.state in ("passed", "not_applicable") else self._sentence(rule),
             where=f"{rule.where.file}:{rule.where.line}",
-            resolves_at=self._stage(self._unknown(rule)) if judged.open else None,
+            resolves_at=self._stage(rule) if judged.open else None,
             checks=tuple(collect(All((rule.when, rule.that)), self.values, self.facts, self.layer, catalogue)),
         )
 

@@ -193,6 +193,26 @@ def test_an_unknown_outcome_says_at_which_stage_it_is_known() -> None:
 
 
 @pytest.mark.parametrize(
+    ("layers", "facts", "stage", "names"),
+    [
+        (None, {"model.family": "a"}, "checkpoint", "`layer.size`"),
+        (None, {}, "checkpoint", "`layer.size`, `model.family`"),
+        ([{"layer.index": 0, "layer.size": 8}], {}, "config", "`model.family`"),
+        ([{"layer.index": 0, "layer.size": 8}, {"layer.index": 1}], {"model.family": "a"}, "checkpoint", "`layer.size`"),
+    ],
+)
+def test_under_every_layer_what_is_not_known_is_told_of_the_layers(
+    layers: list[dict[str, Any]] | None, facts: dict[str, Any], stage: str, names: str
+) -> None:
+    condition = "{every_layer: {that: {layer.size: 8}}, model.family: a}"
+    feature = FEATURE.replace("{model.n: {ge: 4}}", condition)
+    record = {"facts": {"model.n": 4, **facts}, **({} if layers is None else {"layers": layers})}
+    found = decide_with(rules(fused=feature), record, "fused")
+    assert found.outcomes[0].resolves_at == stage
+    assert found.reason.startswith(f"Depends on {names}, not known yet (stage {stage}).")
+
+
+@pytest.mark.parametrize(
     ("fact", "stage"),
     [
         ("model.n", "config"),
