@@ -311,7 +311,7 @@ def _expand_records(catalogue: Mapping[str, FactSpec], given: Readings) -> dict[
                 value = reading.value.get(key, UNKNOWN)
             if f"{name}.{key}" in given:
                 raise FactError(f"`{name}.{key}` is given twice, alone and in the record")
-            result[f"{name}.{key}"] = replace(reading, value=value)
+            result[f"{name}.{key}"] = Reading(value, reading.witness, reading.note)
     return result
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+Severity: TypeAlias = Literal["error", "warning"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,8 @@ class Fault:
     code: str
     message: str
     where: Where
+    severity: Severity = "error"
+    """`warning`: a lint, which stops nothing unless `check --strict` asks for it."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.code}: {self.message}"

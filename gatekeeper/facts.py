@@ -135,7 +135,7 @@ def _typed(catalogue: Catalogue, name: str, reading: Reading) -> Reading:
             raise FactError(f"unknown fact `{name}`{nearest(name, catalogue)}")
         return reading
     try:
-        return replace(reading, value=catalogue.coerce(name, reading.value))
+        return Reading(catalogue.coerce(name, reading.value), reading.witness, reading.note)
     except FactError as error:
         place = f" (from {reading.witness})" if reading.witness else ""
         raise FactError(f"{error}{place}") from None

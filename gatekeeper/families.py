@@ -12,8 +12,9 @@ from typing import Any, Literal
 from gatekeeper.checkpoint import Index, TensorInfo
 from gatekeeper.errors import CheckpointError, FactError, Fault, RuleError, Where
 from gatekeeper.expressions import Expression, parse_expression
-from gatekeeper.source import Document, check_schema
+from gatekeeper.source import Document
 from gatekeeper.values import UNKNOWN, Missing, Value, Values
+from gatekeeper.waivers import Waiver, read_waivers
 
 Role = Literal["main", "mtp"]
 
@@ -97,6 +98,8 @@ class Family:
     """Whether our loader can put its shared expert into a slot."""
     gateless: Mapping[str, str]
     """Feature to the reason why no gate covers this family."""
+    where: Where
+    allow: tuple[Waiver, ...] = ()
 
     @property
     def witness(self) -> str:
@@ -105,14 +108,13 @@ class Family:
 
     @classmethod
     def parse(cls, document: Document | Mapping[str, Any], file: str = "") -> Family:
-        """Read one family; raises `RuleError` with every fault."""
+        """Read one family whose shape was checked; raises `RuleError`."""
         if isinstance(document, Document):
-            faults = check_schema(document, "family")
-            if faults:
-                raise RuleError(faults)
             data, file, where = document.data, document.file, document.where(("moe_layer",))
+            place, allow = document.where(("family",)), read_waivers(document, data)
         else:
             data, where = document, Where(file)
+            place, allow = where, ()
         try:
             moe_layer = parse_expression(str(data["moe_layer"]))
         except ValueError as error:
@@ -146,6 +148,8 @@ class Family:
             ue8m0_scales=data.get("ue8m0_scales", "fp32"),
             loads_fused_shared=data.get("loads_fused_shared", False),
             gateless=data.get("gateless", {}),
+            allow=allow,
+            where=place,
         )
 
     def is_moe_layer(self, index: int, values: Values) -> bool | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from gatekeeper.checkpoint import TensorInfo
 from gatekeeper.errors import Fault, RuleError, Where
-from gatekeeper.source import Document, check_schema
+from gatekeeper.source import Document
 from gatekeeper.values import ABSENT, UNKNOWN, Missing, Value
 
 PROJECTIONS = ("gate", "up", "down")
@@ -114,11 +114,8 @@ class Format:
 
     @classmethod
     def parse(cls, document: Document | Mapping[str, Any], file: str = "") -> Format:
-        """Read one file of ``rules/formats``; raises `RuleError`."""
+        """Read one file of ``rules/formats`` whose shape was checked; raises `RuleError`."""
         if isinstance(document, Document):
-            faults = check_schema(document, "format")
-            if faults:
-                raise RuleError(faults)
             data, file = document.data, document.file
         else:
             data = document

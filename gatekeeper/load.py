@@ -98,8 +98,9 @@ def _read_folder(folder: Path, faults: list[Fault], files: set[str]) -> Kinds:
         message = f"can't read this folder: {error.strerror}; name a rule set with --rules"
         raise RuleError([Fault("unreadable", message, Where(str(error.filename or folder)))]) from None
     documents = []
+    folders = {one: _short(one) for one in {path.parent for path in paths}}
     for path in paths:
-        document, found = scan_file(path, _short(path))
+        document, found = scan_file(path, str(Path(folders[path.parent], path.name)))
         documents.append((path.relative_to(folder).as_posix(), document))
         files.add(document.file)
         faults += found

@@ -29,6 +29,7 @@ MAX_REPEATS = 4
 MAX_OPTIONAL = 8
 
 _WILD = re.compile(r"[*?\[]")
+_BEGINNING = re.compile(rf"[^*?\[]{{1,{MAX_PATTERN - 1}}}\*")
 
 
 def covers(method: str, patterns: Sequence[str], name: str) -> bool:
@@ -40,9 +41,11 @@ def covers(method: str, patterns: Sequence[str], name: str) -> bool:
     return matcher(method, tuple(patterns))(name)
 
 
-def excluded(method: str, patterns: Sequence[str], names: Iterable[str]) -> Excluded:
-    """Say whether a list covers all, none or some (`partly`) of a group of modules; an empty group is not covered."""
-    test = matcher(method, tuple(patterns))
+def excluded(test: Test, names: Iterable[str]) -> Excluded:
+    """Say whether a list covers all, none or some (`partly`) of a group of modules; an empty group is not covered.
+
+    `test` is the list's `matcher`.
+    """
     found = {test(name) for name in names}
     return "partly" if len(found) == 2 else found == {True}
 
@@ -54,7 +57,7 @@ def spellings(name: str) -> tuple[str, ...]:
         if wrapper and name.startswith(wrapper):
             bare = name[len(wrapper) :]
             break
-    return tuple(dict.fromkeys((name, *(wrapper + bare for wrapper in WRAPPERS))))
+    return tuple(dict.fromkeys([name, *[wrapper + bare for wrapper in WRAPPERS]]))
 
 
 def unfused(name: str) -> tuple[str, ...]:
@@ -66,14 +69,15 @@ def unfused(name: str) -> tuple[str, ...]:
 @lru_cache(maxsize=256)
 def matcher(method: str, patterns: tuple[str, ...]) -> Test:
     """Compile a list for many questions; see `covers`."""
+    if not patterns:
+        return lambda name: False
     rule = METHODS.get(canonical_method(method), _segments)(patterns)
 
     def one(name: str) -> bool:
         return any(map(rule, spellings(name)))
 
     def test(name: str) -> bool:
-        parts = unfused(name)
-        return one(name) or (len(parts) > 1 and all(map(one, parts)))
+        return one(name) or (len(parts := unfused(name)) > 1 and all(map(one, parts)))
 
     return test
 
@@ -90,14 +94,13 @@ def _compressed_tensors(patterns: Sequence[str]) -> Test:
     `_match_name` and `_match_class` in compressed_tensors/utils/match.py (0.12) and `should_ignore_layer` in vLLM's
     compressed_tensors/utils.py; SGLang's takes the end of a dotted name too.
     """
-    regexes = _regexes(patterns)
+    regex = _any_regex(patterns)
     plain = frozenset(p for p in patterns if not p.startswith("re:"))
-    everything = "Linear" in plain
-
-    def test(name: str) -> bool:
-        return everything or any(r.match(name) for r in regexes) or any(end in plain for end in _ends(name))
-
-    return test
+    if "Linear" in plain:
+        return lambda name: True
+    # An end of a name can be one of the patterns only if it has as many dots.
+    dots = frozenset(p.count(".") for p in plain)
+    return lambda name: name in plain or regex(name) or not plain.isdisjoint(_ends(name, dots))
 
 
 def _quark(patterns: Sequence[str]) -> Test:
@@ -106,14 +109,10 @@ def _quark(patterns: Sequence[str]) -> Test:
     `should_ignore_layer` in vLLM's quark/utils.py (exact or `re.match`); Quark itself writes and reads globs with
     fnmatch (`layer_quant_config` in vLLM's quark.py is read so as well).
     """
-    regexes = _regexes(patterns)
+    regex = _any_regex(patterns)
     plain, globs = _plain_and_globs(patterns)
     whole = _any_glob(globs)
-
-    def test(name: str) -> bool:
-        return name in plain or any(r.match(name) for r in regexes) or whole(name)
-
-    return test
+    return lambda name: name in plain or regex(name) or whole(name)
 
 
 def _modelopt(patterns: Sequence[str]) -> Test:
@@ -139,20 +138,21 @@ def _segments(patterns: Sequence[str]) -> Test:
     `_module_path_match` of SGLang's `is_layer_skipped` (PR 23467: `mlp.gate` is not `mlp.gate_up_proj`), and what
     transformers' lists of `modules_to_not_convert` mean (`should_convert_module` in quantizers_utils.py).
     """
-    regexes = _regexes(patterns)
-    written = [p.strip(".").split(".") for p in patterns if not p.startswith("re:") and p.strip(".")]
-    plain = frozenset(tuple(p) for p in written if not any(map(_WILD.search, p)))
-    lengths = sorted({len(p) for p in plain})
-    globs = [[_glob_regex(s) for s in p] for p in written if any(map(_WILD.search, p))]
+    regex = _any_regex(patterns)
+    written = [p.strip(".") for p in patterns if not p.startswith("re:") and p.strip(".")]
+    globs = [[_glob_regex(s) for s in p.split(".")] for p in written if _WILD.search(p)]
+    # By their last segment: lists have hundreds of names, and few of them end in one that the module has.
+    plain: dict[str, list[list[str]]] = {}
+    for one in dict.fromkeys(p for p in written if not _WILD.search(p)):
+        run = one.split(".")
+        plain.setdefault(run[-1], []).append(run)
 
     def test(name: str) -> bool:
         segments = name.split(".")
-        for length in lengths:
-            if any(tuple(segments[i : i + length]) in plain for i in range(len(segments) - length + 1)):
+        for end, last in enumerate(segments, 1):
+            if last in plain and any(segments[max(0, end - len(run)) : end] == run for run in plain[last]):
                 return True
-        if any(r.match(name) for r in regexes):
-            return True
-        return any(
+        return regex(name) or any(
             all(g.match(s) for g, s in zip(glob_, segments[i:], strict=False))
             for glob_ in globs
             for i in range(len(segments) - len(glob_) + 1)
@@ -190,11 +190,10 @@ def glob(pattern: str) -> Test:
     return lambda name: compiled.fullmatch(name) is not None
 
 
-def _ends(name: str) -> Iterable[str]:
-    yield name
-    while "." in name:
-        name = name.partition(".")[2]
-        yield name
+def _ends(name: str, dots: Iterable[int]) -> Iterable[str]:
+    """The ends of a dotted name that begin behind a dot, with these numbers of dots."""
+    segments = name.split(".")
+    return [".".join(segments[-count - 1 :]) for count in dots if count + 1 < len(segments)]
 
 
 def _plain_and_globs(patterns: Sequence[str]) -> tuple[frozenset[str], list[str]]:
@@ -204,10 +203,13 @@ def _plain_and_globs(patterns: Sequence[str]) -> tuple[frozenset[str], list[str]
 
 def _any_glob(globs: Sequence[str]) -> Test:
     """Whether one of some globs matches a whole text; as one expression, for lists have hundreds of them."""
-    if not globs:
-        return lambda text: False
-    compiled = re.compile("|".join(_glob_regex(g).pattern for g in globs))
-    return lambda text: compiled.match(text) is not None
+    # Most are a beginning and a star, which needs no expression.
+    beginnings = tuple(g[:-1] for g in globs if _BEGINNING.fullmatch(g))
+    others = [_glob_regex(g).pattern for g in globs if not _BEGINNING.fullmatch(g)]
+    if not others:
+        return lambda text: text.startswith(beginnings)
+    compiled = re.compile("|".join(others))
+    return lambda text: text.startswith(beginnings) or compiled.match(text) is not None
 
 
 @lru_cache(maxsize=4096)
@@ -221,8 +223,18 @@ def _glob_regex(pattern: str) -> re.Pattern[str]:
         raise FactError(f"pattern `{pattern}` is no glob: {error}; correct the list") from None
 
 
-def _regexes(patterns: Sequence[str]) -> list[re.Pattern[str]]:
-    return [_safe_regex(p.removeprefix("re:")) for p in patterns if p.startswith("re:")]
+def _any_regex(patterns: Sequence[str]) -> Test:
+    """Whether one of the `re:` patterns matches the beginning of a text."""
+    matches = [_safe_regex(p.removeprefix("re:")).match for p in patterns if p.startswith("re:")]
+
+    def test(text: str) -> bool:
+        # Plain loops, here and in `matcher`: a checkpoint asks for thousands of names.
+        for match in matches:  # noqa: SIM110
+            if match(text):
+                return True
+        return False
+
+    return test
 
 
 @lru_cache(maxsize=4096)

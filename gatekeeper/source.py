@@ -34,6 +34,7 @@ _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 # Faults that leave the data as the author meant them.
 _HARMLESS = frozenset({"duplicate-key", "anchor", "tag", "comment-in-text"})
+_NUMBER_STARTS = frozenset("+-.0123456789")
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 
 
@@ -259,6 +260,8 @@ def resolve_plain(text: str) -> Any:
         return None
     if text in ("true", "false"):
         return text == "true"
+    if text[0] not in _NUMBER_STARTS:
+        return text  # as most are
     if _INTEGER.fullmatch(text):
         base = {"0o": 8, "0x": 16}.get(text[:2], 10)
         # Longer than any integer of a config, and below the limit of Python's own conversions.

@@ -27,6 +27,9 @@ hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") == "true" else "dev")
 )
 
+# What tests check is not remembered for the user; tests/test_passed.py has memories of its own.
+os.environ["GATEKEEPER_CACHE"] = "off"
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the slow suites' markers; without -m their tests are left to `make test-full`."""

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from gatekeeper.catalogue import Catalogue, parse_catalogue
-from gatekeeper.errors import Fault
+from gatekeeper.errors import Fault, RuleError
 from gatekeeper.families import Family
 from gatekeeper.formats import Format
 from gatekeeper.providers import CheckpointReading, read_checkpoint
-from gatekeeper.source import check_schema, read_yaml
+from gatekeeper.source import Document, check_schema, read_yaml
 from gatekeeper.values import Missing, Reading, Value
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +43,14 @@ def families() -> tuple[Family, ...]:
 def formats() -> tuple[Format, ...]:
     """Every shipped format."""
     return tuple(Format.parse(read_yaml(path, f"rules/formats/{path.name}")) for path in _files("formats"))
+
+
+def checked(document: Document, kind: str) -> Document:
+    """Check the shape of one file, as loading a rule set does; raises `RuleError`."""
+    faults = check_schema(document, kind)
+    if faults:
+        raise RuleError(faults)
+    return document
 
 
 def family(name: str) -> Family:

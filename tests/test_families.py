@@ -13,7 +13,7 @@ from gatekeeper.families import Family, find_moe_layers, overlaps, select_family
 from gatekeeper.providers.config import settled
 from gatekeeper.source import check_schema, parse_yaml, read_yaml
 from gatekeeper.values import ABSENT, Values
-from tests.shipped import CORPUS, RULES, catalogue, families, family, read, write_config
+from tests.shipped import CORPUS, RULES, catalogue, checked, families, family, read, write_config
 
 V3: Values = {
     "model.num_hidden_layers": 4,
@@ -222,4 +222,4 @@ def test_a_broken_family_file_is_a_fault(change: str, into: str) -> None:
     text = (RULES / "families" / "deepseek_v3.yaml").read_text("utf-8")
     assert change in text
     with pytest.raises(RuleError):
-        Family.parse(parse_yaml(text.replace(change, into, 1), "families/deepseek_v3.yaml"))
+        Family.parse(checked(parse_yaml(text.replace(change, into, 1), "families/deepseek_v3.yaml"), "family"))

@@ -11,7 +11,7 @@ from gatekeeper.errors import RuleError
 from gatekeeper.formats import Format, Storage, Term, recognise
 from gatekeeper.source import parse_yaml
 from gatekeeper.values import ABSENT
-from tests.shipped import RULES, formats
+from tests.shipped import RULES, checked, formats
 
 Parts = dict[str, dict[str, TensorInfo]]
 
@@ -190,4 +190,4 @@ def test_a_broken_format_file_is_a_fault(change: str, says: str) -> None:
     text = (RULES / "formats" / "bf16.yaml").read_text("utf-8")
     assert change in text
     with pytest.raises(RuleError):
-        Format.parse(parse_yaml(text.replace(change, says), "formats/bf16.yaml"))
+        Format.parse(checked(parse_yaml(text.replace(change, says), "formats/bf16.yaml"), "format"))

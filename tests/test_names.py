@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gatekeeper.errors import FactError
-from gatekeeper.names import METHODS, covers, excluded, first_match, glob, spellings
+from gatekeeper.names import METHODS, covers, excluded, first_match, glob, matcher, spellings
 
 ROWS = yaml.safe_load((Path(__file__).parent / "names.yaml").read_text("utf-8"))["rows"]
 LAYER = "model.layers.3.mlp"
@@ -41,11 +43,11 @@ def test_every_method_has_rows_both_ways() -> None:
     ],
 )
 def test_group_is_covered_wholly_partly_or_not(patterns: list[str], expected: object) -> None:
-    assert excluded("quark", patterns, SHARED) == expected
+    assert excluded(matcher("quark", tuple(patterns)), SHARED) == expected
 
 
 def test_an_empty_group_is_not_covered() -> None:
-    assert excluded("quark", ["*"], []) is False
+    assert excluded(matcher("quark", ("*",)), []) is False
 
 
 @pytest.mark.parametrize(
@@ -122,3 +124,35 @@ def test_glob_of_rules(pattern: str, name: str, expected: bool) -> None:
 def test_glob_with_too_many_stars_is_refused() -> None:
     with pytest.raises(ValueError, match="simpler globs"):
         glob("*a" * 9)
+
+
+def plainly(method: str, pattern: str, name: str) -> bool:
+    """What one pattern covers of one spelling, read straight from the quantizers' rules and not made to be fast."""
+    segments = name.split(".")
+    ends = [".".join(segments[start:]) for start in range(len(segments))]
+    if pattern.startswith("re:"):
+        return method != "modelopt" and re.match(pattern.removeprefix("re:"), name) is not None
+    if method == "compressed-tensors":
+        return pattern == "Linear" or pattern in ends
+    if method == "quark":
+        return fnmatch.fnmatchcase(name, pattern)
+    if method == "modelopt":
+        return any(fnmatch.fnmatchcase(one, pattern) for one in (name, *segments))
+    run = pattern.strip(".").split(".")
+    windows = [segments[start : start + len(run)] for start in range(len(segments) - len(run) + 1)]
+    return run != [""] and any(all(map(fnmatch.fnmatchcase, window, run)) for window in windows)
+
+
+words = st.sampled_from(
+    ["model", "layers", "mlp", "experts", "gate", "gate_proj", "1", "10", "*", "g*", "1?", "", "up"]
+)
+patterns = st.lists(words, max_size=4).map(".".join) | st.sampled_from(
+    ["re:model", r"re:.*mlp\.gate", "Linear", "mod*"]
+)
+modules = st.lists(st.sampled_from(["model", "layers", "mlp", "experts", "gate", "gate_proj", "1", "10"]), min_size=1)
+
+
+@given(st.sampled_from(sorted(METHODS)), st.lists(patterns, max_size=5), modules.map(".".join))
+def test_matchers_made_to_be_fast_say_what_the_plain_rules_say(method: str, listed: list[str], name: str) -> None:
+    expected = any(plainly(method, pattern, one) for pattern in listed for one in spellings(name))
+    assert covers(method, listed, name) is expected

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gatekeeper.errors import FactError
+from gatekeeper.names import excluded, matcher
 from gatekeeper.providers.config import settled
 from gatekeeper.values import ABSENT, Reading
 from tests.shipped import CORPUS, catalogue, read, values, write_config
@@ -236,12 +239,56 @@ def test_part_of_an_expert_excluded_is_no_storage(tmp_path: Path) -> None:
         "re:.*experts\\.2\\..*",
         "model.layers.*.mlp.experts.[2-3]",
         "re:.*\\.2\\.down_proj",
+        # These name no expert, and tell those of one digit from those of more.
+        "model.layers.*.mlp.experts.?",
+        "re:.*experts\\.\\w\\..*",
+        "re:.*experts\\...\\.down_proj",
+        "re:.*experts\\.[^.]\\..*",
     ],
 )
 def test_one_expert_excluded_is_found_wherever_it_is(tmp_path: Path, entry: str) -> None:
     main, _ = layers_of(tmp_path, {**FP8, "modules_to_not_convert": [entry]}, n_routed_experts=300)
     assert main["layer.routed_excluded"].value == "partly"
     assert main["layer.routed_storage"].value is ABSENT
+
+
+pieces = st.sampled_from(
+    [
+        "model",
+        "layers",
+        "mlp",
+        "experts",
+        "gate_proj",
+        "down_proj",
+        ".",
+        r"\.",
+        "*",
+        ".*",
+        "?",
+        "[0-9]",
+        r"\w",
+        "1",
+        "7",
+    ]
+)
+entries = st.tuples(st.sampled_from(["", "*", "re:", "re:.*"]), st.lists(pieces, max_size=6)).map(
+    lambda entry: entry[0] + "mlp.experts" + "".join(entry[1])
+)
+
+
+@given(st.sampled_from(["fp8", "quark", "modelopt"]), st.lists(entries, min_size=1, max_size=2))
+def test_the_experts_that_are_looked_up_stand_for_all(
+    tmp_path_factory: pytest.TempPathFactory, method: str, listed: list[str]
+) -> None:
+    names = [f"model.layers.1.mlp.experts.{e}.{p}_proj" for e in range(101) for p in ("gate", "up", "down")]
+    try:
+        expected = excluded(matcher(method, tuple(listed)), names)
+    except FactError:  # no expression, or a costly one
+        return
+    folder = tmp_path_factory.mktemp("config")
+    config = {"quant_method": method, "quant_algo": "FP8", "modules_to_not_convert": listed}
+    main, _ = layers_of(folder, config, n_routed_experts=101)
+    assert main["layer.routed_excluded"].value == str(expected).lower()
 
 
 def test_quark_by_layer(tmp_path: Path) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from importlib import import_module
 from io import TextIOWrapper
 
 import click
 
-from gatekeeper.errors import GatekeeperError
+from gatekeeper.errors import GatekeeperError, RuleError
 
 COMMANDS = {
     "check": "Check a rule set: every fault with its place.",
     "decide": "Decide features for checkpoints, configs or lines of facts.",
+    "docs": "Write the gates of a rule set as Markdown pages.",
+    "explain": "Say why a feature is on or off, and what would change that.",
     "facts": "Show the catalogue, or a target's facts with their witnesses.",
+    "help": "Explain a code of `check`, with a wrong and a right example.",
+    "schema": "Write JSON Schemas with which an editor knows every fact and name.",
     "test": "Run tables of facts and expected decisions.",
 }
 
@@ -46,15 +51,25 @@ def group() -> None:
 
 def main() -> None:
     """Run the command line; an error of ours is one message on stderr, never a traceback."""
+    # Imports and rules are thousands of objects that stay: looking among them for garbage costs a tenth of a start.
+    gc.set_threshold(100_000)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             # A terminal or a pipe that can't show a character gets its escape.
             stream.reconfigure(errors="backslashreplace")
     try:
         group(prog_name="gatekeeper")
+    except RuleError as error:
+        from gatekeeper.cli.faults import counted, show
+
+        show(error.faults, err=True)
+        click.echo(f"{counted(error.faults)}; nothing was done", err=True)
+        sys.exit(BAD_NEWS)
     except GatekeeperError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(BAD_NEWS)
     except OSError as error:
         click.echo(f"error: {error.strerror or error}: `{error.filename}`", err=True)
         sys.exit(BAD_NEWS)
+    finally:
+        gc.freeze()  # nor is there any point in looking when the process ends

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,6 +89,8 @@ def _kind(vendor: str, device: Any) -> tuple[str, str] | None:
 
 
 def _without_torch() -> dict[str, Reading]:
+    import shutil
+
     found = sorted({vendor for tool, vendor in TOOLS.items() if shutil.which(tool)})
     if not found:
         return _cpu("no torch, no tool of an accelerator's vendor")
@@ -108,6 +108,8 @@ def _cpu(witness: str) -> dict[str, Reading]:
 
 
 def _libraries(catalogue: Catalogue) -> dict[str, Reading]:
+    from importlib import metadata  # 10 ms, with email and zipfile
+
     readings = {}
     for fact in catalogue:
         if not fact.startswith("library."):
@@ -116,8 +118,8 @@ def _libraries(catalogue: Catalogue) -> dict[str, Reading]:
         reading = Reading(ABSENT, "installed packages", f"`{name}` is not installed")
         for distribution in DISTRIBUTIONS.get(fact, (name, name.replace("_", "-"))):
             try:
-                text = importlib.metadata.version(distribution)
-            except importlib.metadata.PackageNotFoundError:
+                text = metadata.version(distribution)
+            except metadata.PackageNotFoundError:
                 continue
             try:
                 reading = Reading(Version(text), f"installed package {distribution}")

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from gatekeeper.catalogue import Catalogue
 from gatekeeper.errors import FactError
 from gatekeeper.families import MAX_EXPERTS, Family
 from gatekeeper.formats import Format, Storage, storage
-from gatekeeper.names import Excluded, canonical_method, excluded, matcher
+from gatekeeper.names import Excluded, Test, canonical_method, excluded, matcher
 from gatekeeper.providers.config import ConfigFile, look_up, settled, typed
 from gatekeeper.providers.schemes import DTYPE_FORMATS, SCHEMES, Kind, Scheme, SchemeOf
 from gatekeeper.values import ABSENT, UNKNOWN, Reading, Readings, Values
@@ -137,6 +138,11 @@ class LayerReader:
         self.config, self.family, self.values = config, family, values
         self.formats = {one.name: one for one in formats}
         self.found = find_quantization(config)
+        self.ignored: Test = lambda module: False
+        """Whether the exclude list covers one module."""
+        if self.found is not None:
+            # Its names are asked for several times each.
+            self.ignored = cache(matcher(self.found.writer, self.found.ignore))
         self.scheme_of: SchemeOf = lambda name, kind: None
         if self.found is not None:
             make = SCHEMES.get(canonical_method(self.found.method))
@@ -184,7 +190,7 @@ class LayerReader:
 
     def excluded(self, modules: Sequence[str]) -> Excluded:
         """Whether the exclude list covers these modules."""
-        return excluded(self.found.writer, self.found.ignore, modules) if self.found else False
+        return excluded(self.ignored, modules)
 
     def scheme(self, module: str, kind: Kind) -> Scheme:
         """How one module is stored; raises `FactError` for a list that can't be read."""
@@ -196,10 +202,6 @@ class LayerReader:
         dtype = self.values.get("model.dtype", UNKNOWN)
         name = DTYPE_FORMATS.get(str(dtype))
         return Scheme(name, note="" if name else f"dtype `{dtype}` is no storage format known here")
-
-    def ignored(self, module: str) -> bool:
-        """Whether the exclude list covers one module."""
-        return self.found is not None and matcher(self.found.writer, self.found.ignore)(module)
 
     @property
     def scale_of_dtype(self) -> str | None:
@@ -242,15 +244,18 @@ class LayerReader:
         return (ABSENT if total % slots else total // slots), hidden
 
     def _representatives(self) -> tuple[int, ...]:
-        """Experts to look up for a layer: all of them only if some list could tell them apart by number."""
+        """Experts to look up for a layer: as many as it takes if some list could tell them apart, else one."""
         count = self.values.get("model.n_routed_experts", UNKNOWN)
         if not isinstance(count, int) or count < 1:
             return (0,)
         if count > MAX_EXPERTS:
             raise FactError(f"`model.n_routed_experts` is {count}, more than {MAX_EXPERTS}; correct config.json")
-        if self.found is not None and any(map(_may_name_an_expert, _texts(self.found.raw))):
+        texts = _texts(self.found.raw) if self.found is not None else []
+        if any(map(_may_name_an_expert, texts)):
             return tuple(range(count))
-        return tuple(sorted({0, 1, 10, 100, 1000, count - 1} & set(range(count))))
+        if any(map(_may_count_digits, texts)):
+            return tuple(sorted({0, 1, 10, 100, 1000, count - 1} & set(range(count))))
+        return (0,)
 
 
 def _texts(raw: Any) -> list[str]:
@@ -272,3 +277,10 @@ def _may_name_an_expert(pattern: str) -> bool:
         return False
     bare = re.sub(_LAYER_NUMBER, "", pattern)
     return re.search(r"\d|\\d\{", re.sub(_PROJECTION_NUMBER, "", bare)) is not None and "." in pattern
+
+
+def _may_count_digits(pattern: str) -> bool:
+    """Whether a pattern that names no expert can tell expert 7 from 10: only one with a wildcard for one character."""
+    if not pattern.startswith("re:"):
+        return "?" in pattern or "[" in pattern
+    return re.search(r"[].?+{\\[]", pattern.replace(r"\.", "").replace(".*", "")) is not None

@@ -205,7 +205,7 @@ def _compressed_tensors(reader: LayerReader) -> SchemeOf:
 
 def _targets(targets: Sequence[str], candidates: Sequence[str]) -> bool:
     named = tuple(target for target in targets if target != "Linear")
-    return any(map(matcher("compressed-tensors", named), candidates))
+    return bool(named) and any(map(matcher("compressed-tensors", named), candidates))
 
 
 def _ct_scheme(group: Mapping[str, Any], raw: Mapping[str, Any], reader: LayerReader) -> Scheme | None:
