@@ -7,6 +7,7 @@ from gatekeeper.errors import CheckpointError, FactError, Fault, GatekeeperError
 from gatekeeper.facts import Facts, Runner, from_record
 from gatekeeper.families import Family, MoeTensors, find_moe_layers
 from gatekeeper.formats import Format, Storage
+from gatekeeper.lean import CompiledFeature
 from gatekeeper.load import load_rules, parse_rule_set
 from gatekeeper.reading import join, open_target, read_facts, runners_of
 from gatekeeper.rules import RuleSet
@@ -16,6 +17,7 @@ __all__ = [
     "ABSENT",
     "UNKNOWN",
     "CheckpointError",
+    "CompiledFeature",
     "Decision",
     "Decisions",
     "FactError",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from gatekeeper.rules import Request
@@ -33,7 +34,11 @@ def read_request(request: Request, values: Values) -> Asked:
     if request.fact:
         return _by_word(values.get(request.fact))
     force = values.get(request.force) if request.force else False
-    forbid = values.get(request.forbid) if request.forbid else False
+    return _by_flags(force, values.get(request.forbid) if request.forbid else False)
+
+
+@lru_cache(maxsize=16)
+def _by_flags(force: Any, forbid: Any) -> Asked:
     may_force, may_forbid = force is None, forbid is None
     forced, forbidden = force is True, forbid is True
     if forced and forbidden:
@@ -45,6 +50,7 @@ def read_request(request: Request, values: Values) -> Asked:
     return Asked(word, forced, forbidden, None, may_force or may_forbid, may_force, may_forbid)
 
 
+@lru_cache(maxsize=256)
 def _by_word(value: Any) -> Asked:
     if value is None:
         return Asked("unknown", unknown=True, may_force=True, may_forbid=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, TypeAlias
@@ -154,6 +154,8 @@ class Catalogue(Mapping[str, FactSpec]):
         self._layer_facts = _layer_dependent(self._specs, self._order)
         self.decided_from: Mapping[str, frozenset[str]] = {}
         """Of each feature, the facts that its gates read; known once they are parsed."""
+        self.compiled: dict[Any, Callable[..., Any]] = {}
+        """Conditions as functions, each compiled when it is first asked (compile.py)."""
 
     def __getitem__(self, name: str) -> FactSpec:
         return self._specs[name]

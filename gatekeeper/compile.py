@@ -1,232 +1,155 @@
-"""Condition tree to closure: values in, true / false / unknown (None) out. The naive meaning lives in the tests."""
+"""Conditions to Python functions, generated as syntax trees; the naive meaning lives in the tests.
+
+A truth is True, False or None (unknown). A value is as the catalogue types it, `ABSENT`, or None where it is unknown.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias
+import ast
+from collections.abc import Mapping
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING, Any
 
-from gatekeeper.conditions import TEMPLATE, All, Condition, FactRef, ItemTests, Layers, Not, Test
-from gatekeeper.names import covers, glob
+from gatekeeper import syntax as to
+from gatekeeper.closures import Closure, covered, over_items, over_layers, record_absent, show
+from gatekeeper.conditions import (
+    All,
+    Condition,
+    FactRef,
+    ItemTests,
+    Layers,
+    Not,
+    Test,
+)
+from gatekeeper.names import glob
 from gatekeeper.operators import NEGATED, OPERATORS
-from gatekeeper.values import ABSENT, UNKNOWN, Truth, Value, Values, records_equal, shown
+from gatekeeper.syntax import ABSENT, FALSE, NONE, TRUE, Expr
+from gatekeeper.values import ABSENT as ABSENT_VALUE
+from gatekeeper.values import Arch, Version
 
 if TYPE_CHECKING:
     from gatekeeper.catalogue import Catalogue
 
-LAYERS = "layers"
-"""Key under which a scope holds the values of the runner's layers; no fact is called that, for facts have a dot."""
-
-Closure: TypeAlias = Callable[[Values], Truth]
+KEYS: Mapping[type, str] = {Arch: "text", Version: "release"}
+_COMPARE = {"eq": ast.Eq, "in": ast.In, "gt": ast.Gt, "ge": ast.GtE, "lt": ast.Lt, "le": ast.LtE}
 
 
 def compile_condition(condition: Condition, catalogue: Catalogue) -> Closure:
-    """Return the closure of a condition."""
-    if isinstance(condition, Test):
-        return _test(condition, catalogue)
-    if isinstance(condition, Not):
-        inner = compile_condition(condition.part, catalogue)
-        return lambda values: None if (truth := inner(values)) is None else not truth
-    if isinstance(condition, Layers):
-        return _layers(condition, catalogue)
-    parts = tuple(compile_condition(part, catalogue) for part in condition.parts)
-    return conjunction(parts) if isinstance(condition, All) else _disjunction(parts)
+    """Return a function from values to the truth of a condition; the catalogue keeps it."""
+    if condition not in catalogue.compiled:
+        code = Code(catalogue)
+        catalogue.compiled[condition] = code.function("values", result=code.truth(condition))
+    return catalogue.compiled[condition]
 
 
-def conjunction(parts: tuple[Closure, ...]) -> Closure:
-    """False as soon as one is false, else unknown if one is unknown."""
-    if len(parts) == 1:
-        return parts[0]
+class Code:
+    """The body of one function: what it fetched, the names of its own, and the objects that it refers to."""
 
-    def evaluate(values: Values) -> Truth:
-        result: Truth = True
-        for part in parts:
-            truth = part(values)
-            if truth is False:
-                return False
-            if truth is None:
-                result = None
-        return result
+    def __init__(self, catalogue: Catalogue) -> None:
+        self.catalogue = catalogue
+        self.body: list[ast.stmt] = [to.set_("get", to.attribute(to.name("values"), "get"))]
+        self._objects: dict[str, Any] = {"ABSENT": ABSENT_VALUE, "show": show}
+        self._fetched: dict[str, str] = {}
+        self._kept = 0
 
-    return evaluate
+    def function(self, *parameters: str, result: Expr) -> Any:
+        """Compile it."""
+        module = to.function(parameters, [*self.body, to.return_(result)])
+        code = compile(module, "<rule>", "exec")
+        # The one constant of the module that is code is the function's own: nothing is executed to get at it.
+        return FunctionType(next(one for one in code.co_consts if isinstance(one, CodeType)), self._objects)
 
+    def kept(self, value: Expr) -> ast.NamedExpr:
+        """Give a value a name."""
+        self._kept += 1
+        return to.keep(f"t{self._kept}", value)
 
-def _disjunction(parts: tuple[Closure, ...]) -> Closure:
-    def evaluate(values: Values) -> Truth:
-        result: Truth = False
-        for part in parts:
-            truth = part(values)
-            if truth:
-                return True
-            if truth is None:
-                result = None
-        return result
+    def fact(self, name: str) -> Expr:
+        """Fetch a fact once, before the statement that is being built."""
+        if name not in self._fetched:
+            self._fetched[name] = f"v{len(self._fetched)}"
+            self.body.append(to.set_(self._fetched[name], to.call(to.name("get"), to.constant(name))))
+        return to.name(self._fetched[name])
 
-    return evaluate
+    def bound(self, value: Any) -> Expr:
+        """Refer to an object that no literal can be."""
+        name = f"c{len(self._objects)}"
+        self._objects[name] = value
+        return to.name(name)
 
-
-def _layers(condition: Layers, catalogue: Catalogue) -> Closure:
-    among = compile_condition(condition.among, catalogue)
-    that = compile_condition(condition.that, catalogue)
-    every = condition.every
-
-    def evaluate(values: Values) -> Truth:
-        layers: Any = values.get(LAYERS)
-        if layers is None:
-            return None
-        met: list[tuple[Truth, Truth]] = []
-        for layer in layers:
-            scope = {**values, **layer}
-            if (chosen := among(scope)) is not False:
-                met.append((chosen, that(scope)))
+    def truth(self, condition: Condition) -> Expr:
+        """Return the truth of a condition, strong Kleene."""
+        if isinstance(condition, Test):
+            return self._test(condition)
+        if isinstance(condition, Not):
+            truth = self.kept(self.truth(condition.part))
+            return to.either(to.is_(truth, NONE), NONE, to.not_(to.own(truth)))
+        if isinstance(condition, Layers):
+            parts = (compile_condition(part, self.catalogue) for part in (condition.among, condition.that))
+            return self._called(over_layers(condition.every, *parts))
+        every = isinstance(condition, All)
+        if len(condition.parts) < 2:
+            return self.truth(condition.parts[0]) if condition.parts else to.constant(every)
+        truths = [self.kept(self.truth(part)) for part in condition.parts]
+        own = [to.own(truth) for truth in truths]
         if every:
-            # False, with a note, where no layer meets `where`: there is nothing to vouch for.
-            if not met or any(chosen and truth is False for chosen, truth in met):
-                return False
-            sure = any(chosen for chosen, _ in met) and all(truth for _, truth in met)
-            return True if sure else None
-        if any(chosen and truth for chosen, truth in met):
-            return True
-        return False if all(truth is False for _, truth in met) else None
+            return to.and_(*(to.is_not(truth, FALSE) for truth in truths), to.or_(to.and_(*own), NONE))
+        return to.or_(*truths, to.either(to.or_(*(to.is_(one, NONE) for one in own)), NONE, FALSE))
 
-    return evaluate
+    def _test(self, test: Test) -> Expr:
+        if test.operator in NEGATED:
+            return self.truth(Not(Test(test.fact, NEGATED[test.operator], test.operand, test.where, test.refers)))
+        names = [f"{test.fact}.{key}" for key in self.catalogue[test.fact].fields]
+        operand = test.operand
+        if test.operator == "absent" and names:
+            return self._called(record_absent(bool(operand), names))
+        if test.operator == "covers":
+            return self._called(covered(test))
+        if isinstance(operand, ItemTests):
+            return self._called(over_items(test, operand))
+        if isinstance(operand, FactRef) and names:
+            others = [f"{operand.name}{name.removeprefix(test.fact)}" for name in names]
+            return _records([self.fact(name) for name in names], [self.fact(name) for name in others])
+        left = self.fact(test.fact)
+        if isinstance(operand, FactRef):
+            right = self.fact(operand.name)
+            gone, unknown = (
+                to.or_(to.is_(left, ABSENT), to.is_(right, ABSENT)),
+                to.or_(to.is_(left, NONE), to.is_(right, NONE)),
+            )
+            return to.either(gone, FALSE, to.either(unknown, NONE, self._holds(test.operator, left, right)))
+        if test.operator == "absent":
+            return to.either(to.is_(left, NONE), NONE, to.is_(left, ABSENT) if operand else to.is_not(left, ABSENT))
+        return to.either(to.is_(left, NONE), NONE, self._known(test, left))
 
+    def _known(self, test: Test, left: Expr) -> Expr:
+        """Compare a fact that is known, or absent, with a constant."""
+        value: Any = glob(str(test.operand)) if test.operator == "matches" else test.operand
+        equality = test.operator in ("eq", "in")
+        items = value if isinstance(value, tuple) else (value,)
+        key = KEYS.get(type(items[0])) if equality else None
+        if key:  # equal by one attribute, which spares a call
+            plain = tuple(getattr(one, key) for one in items)
+            left, items = to.attribute(left, key), plain
+            value = plain if isinstance(value, tuple) else plain[0]
+        literal = key or all(type(one) in (bool, int, float, str) for one in items)
+        holds = self._holds(test.operator, left, to.constant(value) if literal else self.bound(value))
+        # `ABSENT` equals nothing, and only what is not an equality would trip over it.
+        return holds if equality and not key else to.and_(to.is_not(self.fact(test.fact), ABSENT), holds)
 
-def _test(test: Test, catalogue: Catalogue) -> Closure:
-    if test.operator in NEGATED:
-        positive = Test(test.fact, NEGATED[test.operator], test.operand, test.where, test.refers)
-        inner = _test(positive, catalogue)
-        return lambda values: None if (truth := inner(values)) is None else not truth
-    spec = catalogue[test.fact]
-    if test.operator == "absent":
-        return _absent(test, tuple(f"{test.fact}.{key}" for key in spec.fields) or (test.fact,))
-    if test.operator == "covers":
-        return _covers(test)
-    if spec.type == "record" and isinstance(test.operand, FactRef):
-        other = test.operand.name
-        return _records(tuple((f"{test.fact}.{key}", f"{other}.{key}") for key in spec.fields))
-    fact, holds = test.fact, OPERATORS[test.operator].holds
-    if isinstance(test.operand, FactRef):
-        assert holds is not None
-        return _against_fact(fact, test.operand.name, holds)
-    if isinstance(test.operand, ItemTests):
-        return _items(test, test.operand)
-    assert holds is not None
-    return _against_value(fact, glob(str(test.operand)) if test.operator == "matches" else test.operand, holds)
+    def _holds(self, operator: str, left: Expr, right: Expr) -> Expr:
+        if operator in _COMPARE:
+            return to.compare(_COMPARE[operator], left, right)
+        return to.call(self.bound(OPERATORS[operator].holds), left, right)
 
-
-def _against_value(fact: str, operand: Any, holds: Callable[[Any, Any], bool]) -> Closure:
-    def evaluate(values: Values) -> Truth:
-        value = values.get(fact)
-        if value is None:
-            return None
-        return value is not ABSENT and holds(value, operand)
-
-    return evaluate
-
-
-def _against_fact(fact: str, other: str, holds: Callable[[Any, Any], bool]) -> Closure:
-    def evaluate(values: Values) -> Truth:
-        left, right = values.get(fact), values.get(other)
-        if left is ABSENT or right is ABSENT:
-            return False
-        if left is None or right is None:
-            return None
-        return holds(left, right)
-
-    return evaluate
+    def _called(self, test: Closure) -> Expr:
+        return to.call(self.bound(test), to.name("values"))
 
 
-def _absent(test: Test, names: tuple[str, ...]) -> Closure:
-    wanted = bool(test.operand)
-
-    def evaluate(values: Values) -> Truth:
-        found = [values.get(name) for name in names]
-        if any(value is not None and value is not ABSENT for value in found):
-            return not wanted
-        return None if None in found else wanted
-
-    return evaluate
-
-
-def _records(pairs: tuple[tuple[str, str], ...]) -> Closure:
-    return lambda values: records_equal((values.get(one, UNKNOWN), values.get(other, UNKNOWN)) for one, other in pairs)
-
-
-def _items(test: Test, operand: ItemTests) -> Closure:
-    tests = tuple(_item_test(inner) for inner in operand.tests)
-    fact, every = test.fact, test.operator == "every_item"
-
-    def evaluate(values: Values) -> Truth:
-        items: Any = values.get(fact)
-        if items is None:
-            return None
-        if items is ABSENT:
-            return False
-        truths = [_kleene_all(one(item, values) for one in tests) for item in items]
-        if every:
-            return _kleene_all(truths)
-        if True in truths:
-            return True
-        return None if None in truths else False
-
-    return evaluate
-
-
-def _item_test(test: Test) -> Callable[[Any, Values], Truth]:
-    """One test of an item that is known; its right side may be another fact."""
-    holds = OPERATORS[NEGATED.get(test.operator, test.operator)].holds
-    assert holds is not None
-    negated = test.operator in NEGATED
-    constant = glob(str(test.operand)) if test.operator == "matches" else test.operand
-    other = test.operand.name if isinstance(test.operand, FactRef) else ""
-
-    def evaluate(item: Any, values: Values) -> Truth:
-        right: Any = values.get(other) if other else constant
-        if right is None:
-            return None
-        truth = right is not ABSENT and holds(item, right)
-        return truth != negated
-
-    return evaluate
-
-
-def _kleene_all(truths: Iterable[Truth]) -> Truth:
-    found = list(truths)
-    if False in found:
-        return False
-    return None if None in found else True
-
-
-def _covers(test: Test) -> Closure:
-    fact, template, names = test.fact, str(test.operand), test.refers
-
-    def evaluate(values: Values) -> Truth:
-        found = [values.get(name) for name in (fact, *names)]
-        if ABSENT in found:
-            return False
-        if None in found:
-            return None
-        patterns: Any = values[fact]
-        return covers(str(values["quant.method"]), patterns, fill(template, values))
-
-    return evaluate
-
-
-def fill(template: str, values: Values, extra: dict[str, str] | None = None) -> str:
-    """Put facts into the `{fact}` places of a text: `none` if absent, `unknown` if unknown."""
-
-    def place(found: Any) -> str:
-        if found[1] is None:
-            return str(found[0][0])
-        if extra and found[1] in extra:
-            return extra[found[1]]
-        value: Value | Any | None = values.get(found[1])
-        if value is None:
-            # A record is there by its fields.
-            start = found[1] + "."
-            value = {name.removeprefix(start): one for name, one in values.items() if name.startswith(start)}
-            if all(one is ABSENT for one in value.values()):
-                return "none" if value else "unknown"
-        return shown(value)
-
-    return TEMPLATE.sub(place, template)
+def _records(left: list[Expr], right: list[Expr]) -> Expr:
+    """False as soon as two known fields differ, or one of the records is absent as a whole."""
+    pairs = zip(left, right, strict=True)
+    differ = [to.and_(to.compare(ast.NotEq, a, b), to.is_not(a, NONE), to.is_not(b, NONE)) for a, b in pairs]
+    gone = [to.and_(*(to.is_(field, ABSENT) for field in side)) for side in (left, right)]
+    unknown = to.or_(*(to.is_(field, NONE) for field in (*left, *right)))
+    return to.either(to.or_(*differ, *gone), FALSE, to.either(unknown, NONE, TRUE))

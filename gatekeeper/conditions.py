@@ -228,7 +228,8 @@ class ConditionParser:
     def fact(self, name: str, where: Where) -> FactSpec | None:
         """Return the fact `name`, or a fault that offers the nearest one."""
         if name not in self.catalogue:
-            self._fault("unknown-fact", f"unknown fact `{name}`{nearest(name, self.catalogue)}", where)
+            hint = nearest(name, self.catalogue) or "; `gatekeeper facts` lists them all"
+            self._fault("unknown-fact", f"unknown fact `{name}`{hint}", where)
             return None
         return self.catalogue[name]
 

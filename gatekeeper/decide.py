@@ -16,7 +16,6 @@ from gatekeeper.errors import FactError
 from gatekeeper.facts import Facts
 from gatekeeper.feature_facts import came_to
 from gatekeeper.judge import CompiledGate, Judge, Verdict
-from gatekeeper.remedies import with_remedies
 from gatekeeper.rules import Feature, Gate, RuleSet
 from gatekeeper.source import nearest
 from gatekeeper.values import Readings, Values, plain
@@ -34,8 +33,12 @@ def decide(rules: RuleSet, facts: Facts, features: Iterable[str] | None = None) 
     decided = _decided(rules, facts, names)
     decisions = {}
     for name in sorted(names):
-        again = partial(_decided_one, rules, name)
-        decisions[name] = with_remedies(decided[name], facts, again)
+        decisions[name] = decided[name]
+        if decided[name].state == "error":
+            # Whoever only decides does without the search.
+            from gatekeeper.analysis.changes import with_remedies
+
+            decisions[name] = with_remedies(decided[name], facts, partial(decide_again, rules, name))
         log.decided(decisions[name])
     return Decisions(decisions)
 
@@ -54,7 +57,8 @@ def _decided(rules: RuleSet, facts: Facts, names: Iterable[str]) -> dict[str, De
     return decided
 
 
-def _decided_one(rules: RuleSet, name: str, facts: Facts) -> Decision:
+def decide_again(rules: RuleSet, name: str, facts: Facts) -> Decision:
+    """Decide one feature, and what it depends on, without an event and without what would help an error."""
     return _decided(rules, facts, [name])[name]
 
 
@@ -110,8 +114,20 @@ class _Feature:
             rule_set={"name": self.rules.name, "version": self.rules.version, "digest": self.rules.digest},
             warnings=gate.rule.warnings if gate else (),
             otherwise={name: plain(output.otherwise) for name, output in self.feature.outputs.items()},
-            request_open=asked.unknown,
+            unsettled=self._unsettled(verdict.state, asked, gate, undecided, listed=layers is not None),
         )
+
+    def _unsettled(
+        self, state: State, asked: Asked, gate: CompiledGate | None, undecided: Sequence[CompiledGate], *, listed: bool
+    ) -> bool:
+        """Say whether what others see may yet change: what is asked, the mode, or an error before layers are known."""
+        modes = {one.rule.mode or self.feature.mode for one in ((gate,) if gate else undecided)}
+        modes |= set() if gate else {self.feature.mode}
+        if modes == {"shadow"}:
+            return False  # off for others, whatever comes of it
+        # Without MoE layers an error that nobody forced is off.
+        may_be_off = self.feature.scope == "layer" and not listed and state == "error" and not asked.forced
+        return asked.unknown or may_be_off or ("shadow" in modes and state != "off")
 
     def _select(self, values: Values) -> tuple[CompiledGate | None, list[CompiledGate]]:
         """Return the gate that applies, and those of which it is unknown."""

@@ -139,8 +139,8 @@ class Decision:
     """What an operator must know at every decision: protection of correctness that an overlay took away."""
     otherwise: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The outputs of the feature where it is not on."""
-    request_open: bool = field(default=False, repr=False)
-    """Whether what was asked is not fully known: then other features know nothing of this one."""
+    unsettled: bool = field(default=False, repr=False)
+    """Whether it may yet look otherwise to other features, which then know nothing of it."""
 
     @cached_property
     def in_force(self) -> Decision:

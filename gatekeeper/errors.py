@@ -40,6 +40,11 @@ class Fault:
     severity: Severity = "error"
     """`warning`: a lint, which stops nothing unless `check --strict` asks for it."""
 
+    def __post_init__(self) -> None:
+        if not self.message.isprintable():  # a message is one line, whatever an author wrote between the backticks
+            shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in self.message)
+            object.__setattr__(self, "message", "".join(shown))
+
     def __str__(self) -> str:
         return f"{self.where}: {self.code}: {self.message}"
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from gatekeeper.catalogue import Catalogue
-from gatekeeper.compile import LAYERS, compile_condition
-from gatekeeper.conditions import Condition, FactRef, ItemTests, Layers, Not, Test
+from gatekeeper.closures import LAYERS, fill
+from gatekeeper.compile import compile_condition
+from gatekeeper.conditions import Condition, FactRef, ItemTests, Layers, Not, Test, tests_of
 from gatekeeper.decision import Check
 from gatekeeper.facts import Facts
 from gatekeeper.operators import OPERATORS
+from gatekeeper.rules import Requirement
 from gatekeeper.values import ABSENT, UNKNOWN, Missing, Reading, Readings, Value, Values, plain, shown
 
 
@@ -28,9 +31,28 @@ def collect(
             scope = {**values, **own}
             yield from collect(condition.among, scope, facts, readings, catalogue)
             yield from collect(condition.that, scope, facts, readings, catalogue)
+        if condition.every and layers is not None:
+            among = compile_condition(condition.among, catalogue)
+            if all(among({**values, **own}) is False for own in layers):
+                yield from _no_layer(condition)
     else:
         for part in condition.parts:
             yield from collect(part, values, facts, layer, catalogue)
+
+
+def _no_layer(condition: Layers) -> Iterator[Check]:
+    """Say that `every_layer` is false because it ranges over nothing, by the first test that would be asked."""
+    for test in islice((*tests_of(condition.among), *tests_of(condition.that)), 1):
+        yield Check(
+            fact=test[0].fact,
+            actual=ABSENT,
+            witness="",
+            note="no MoE layer meets `where`, so there is nothing to vouch for",
+            operator=test[0].operator,
+            expected=expected(test[0]),
+            truth=False,
+            where=f"{condition.where.file}:{condition.where.line}",
+        )
 
 
 def _check(test: Test, values: Values, facts: Facts, layer: Readings | None, catalogue: Catalogue) -> Check:
@@ -69,6 +91,14 @@ def expected(test: Test) -> Any:
     if isinstance(test.operand, ItemTests):
         return {inner.operator: expected(inner) for inner in test.operand.tests}
     return plain(test.operand)
+
+
+def sentence(rule: Requirement, values: Values, catalogue: Catalogue) -> str:
+    """Return the reason of a requirement with its facts filled in."""
+    extra = {}
+    if "{difference}" in rule.reason:
+        extra["difference"] = difference(rule.that, values, catalogue)
+    return fill(rule.reason, values, extra)
 
 
 def difference(condition: Condition, values: Values, catalogue: Catalogue) -> str:

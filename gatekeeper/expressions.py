@@ -145,7 +145,9 @@ class _Compiler:
             if truth is not None:
                 return yes(values) if truth else no(values)
             one, other = yes(values), no(values)
-            return one if type(one) is type(other) and one == other else UNKNOWN
+            if isinstance(one, Missing) or isinstance(other, Missing):
+                return one if one is other else UNKNOWN
+            return one if _compared(operator.eq, one, other) else UNKNOWN
 
         return evaluate
 

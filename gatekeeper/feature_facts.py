@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from gatekeeper.catalogue import FEATURE_GROUP, FactSpec
@@ -30,13 +31,15 @@ def _facts(name: str, document: Document, options: list[str]) -> Iterator[FactSp
     by_layer = document.data.get("scope") == "layer"
     states = ("on", "off", *(["mixed"] if by_layer else []), "error")
     prefix = f"{FEATURE_GROUP}.{name}"
+    stage = "checkpoint" if by_layer else ""  # at the earliest: which layers there are is known then
     doc = f"What `{name}` came to; unknown while it{', or one of its layers,' if by_layer else ''} is pending."
-    yield FactSpec(name=f"{prefix}.state", type="enum", values=states, doc=doc, where=where)
+    yield FactSpec(name=f"{prefix}.state", type="enum", values=states, doc=doc, where=where, stage=stage)
     known = tuple(dict.fromkeys(options))
     doc = f"The option that `{name}` chose; absent where it is not on, or has none."
-    yield FactSpec(name=f"{prefix}.option", type="string", known_values=known, doc=doc, where=where)
+    yield FactSpec(name=f"{prefix}.option", type="string", known_values=known, doc=doc, where=where, stage=stage)
     for output, raw in document.data.get("outputs", {}).items():
-        yield output_spec(f"{prefix}.outputs.{output}", raw, document.where(("outputs", output)))
+        spec = output_spec(f"{prefix}.outputs.{output}", raw, document.where(("outputs", output)))
+        yield replace(spec, stage=stage)
 
 
 def output_spec(name: str, raw: Mapping[str, Any], where: Where) -> FactSpec:
@@ -49,12 +52,11 @@ def output_spec(name: str, raw: Mapping[str, Any], where: Where) -> FactSpec:
 def came_to(decision: Decision, outputs: Mapping[str, Output]) -> tuple[Readings, list[Readings] | None]:
     """Return what other gates see of a decision: as a whole, and by layer where it was made by layer.
 
-    A shadow decision is seen as off. Nothing is known while it, or one of its layers, is pending, or while it is not
-    known what was asked.
+    A shadow decision is seen as off. Nothing is known while it, or one of its layers, is pending, or while it may yet
+    look otherwise.
     """
     seen, layers = decision.in_force, decision.in_force.layers
-    # In shadow mode it is off for others, whatever may still be asked.
-    settled = decision.mode == "shadow" or not decision.request_open
+    settled = not decision.unsettled
     states = (seen.state, *(layer.state for layer in layers or ()))
     whole = _readings(seen, seen, outputs, known=settled and "pending" not in states)
     if not layers:

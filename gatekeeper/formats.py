@@ -135,7 +135,10 @@ class Format:
 
 
 def _part(raw: Mapping[str, Any]) -> PartSpec:
-    shapes = raw["shape"] if raw["shape"] and isinstance(raw["shape"][0], list) else [raw["shape"]]
+    whole = [isinstance(one, list) for one in raw["shape"]]
+    if any(whole) and not all(whole):
+        raise ValueError("`shape` mixes sizes and shapes; write one shape, or a list of shapes")
+    shapes = raw["shape"] if any(whole) else [raw["shape"]]
     return PartSpec(
         role=raw["role"],
         suffix=raw["suffix"],

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from gatekeeper.asked import Asked
 from gatekeeper.catalogue import STAGES
-from gatekeeper.compile import LAYERS, Closure, compile_condition, fill
+from gatekeeper.closures import LAYERS, Closure
+from gatekeeper.compile import compile_condition
+from gatekeeper.compile_gate import compile_truths
 from gatekeeper.conditions import All, FactRef, asks_layers, facts_of
 from gatekeeper.decision import Outcome, OutcomeState, State
-from gatekeeper.evidence import collect, difference
+from gatekeeper.evidence import collect, sentence
 from gatekeeper.facts import Facts
 from gatekeeper.rules import Feature, Gate, Option, Requirement, RuleSet
 from gatekeeper.values import ABSENT, UNKNOWN, Missing, Readings, Truth, Values, plain
@@ -38,7 +41,7 @@ class Verdict:
 class Judged:
     """One requirement against one scope."""
 
-    requirement: CompiledRequirement
+    requirement: Demand
     state: OutcomeState
     when: Truth
     was: OutcomeState | None = None
@@ -52,37 +55,42 @@ class Judged:
         return self.state == "failed"
 
 
-class CompiledRequirement:
-    """One requirement as closures."""
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """A requirement of a gate, or of one of its options."""
 
-    def __init__(self, rules: RuleSet, requirement: Requirement, option: str | None) -> None:
-        self.rule = requirement
-        self.option = option
-        self._when = compile_condition(requirement.when, rules.catalogue)
-        self._that = compile_condition(requirement.that, rules.catalogue)
+    rule: Requirement
+    option: str | None
 
-    def judge(self, values: Values, *, waive: bool) -> Judged:
-        when = self._when(values)
+    def judge(self, when: Truth, holds: Truth, *, waive: bool) -> Judged:
         if when is False:
             return Judged(self, "not_applicable", when)
-        that = self._that(values)
-        truth = that if when or that else None
-        state: OutcomeState = {True: "passed", False: "failed", None: "unknown"}[truth]  # type: ignore[assignment]
-        if truth is not True and waive and self.rule.waivable:
+        state: OutcomeState = {True: "passed", False: "failed", None: "unknown"}[holds]  # type: ignore[assignment]
+        if holds is not True and waive and self.rule.waivable:
             return Judged(self, "waived", when, was=state)
         return Judged(self, state, when)
 
 
 class CompiledGate:
-    """One gate as closures."""
+    """One gate as functions."""
 
     def __init__(self, rules: RuleSet, gate: Gate) -> None:
         self.rule = gate
         self.applies: Closure = compile_condition(gate.applies_to, rules.catalogue)
-        self.requires = [CompiledRequirement(rules, one, None) for one in gate.requires]
-        self.options = [
-            (option, [CompiledRequirement(rules, one, option.name) for one in option.requires])
-            for option in gate.options
+        self.demands = [Demand(one, None) for one in gate.requires]
+        self.demands += [Demand(one, option.name) for option in gate.options for one in option.requires]
+        self._catalogue = rules.catalogue
+
+    @cached_property
+    def _truths(self) -> Callable[[Values], list[tuple[Truth, Truth]]]:
+        # Compiled when the gate is first asked: most never are.
+        return compile_truths([one.rule for one in self.demands], self._catalogue)
+
+    def judge(self, values: Values, asked: Asked) -> list[Judged]:
+        """Judge the gate's own requirements and those of its options, in file order."""
+        return [
+            one.judge(when, holds, waive=asked.forced if one.option is None else asked.option == one.option)
+            for one, (when, holds) in zip(self.demands, self._truths(values), strict=True)
         ]
 
 
@@ -136,12 +144,12 @@ class Judge:
         return f"No gate for this model: {why}" if why else "No gate for this model."
 
     def _judged(self, asked: Asked, gate: CompiledGate) -> Verdict:
-        judged = [one.judge(self.values, waive=asked.forced) for one in gate.requires]
+        everything = gate.judge(self.values, asked)
+        judged = [one for one in everything if one.requirement.option is None]
         options = [
-            (option, [one.judge(self.values, waive=asked.option == option.name) for one in requires])
-            for option, requires in gate.options
+            (option, [one for one in everything if one.requirement.option == option.name])
+            for option in gate.rule.options
         ]
-        everything = [*judged, *(one for _, ones in options for one in ones)]
         outcomes = tuple(map(self._outcome, everything))
         verdict = self._from_requires(asked, judged) or (
             self._chosen(asked, gate, options) if options else self._on(gate, None, asked)
@@ -268,13 +276,11 @@ class Judge:
             return all(self._is_known(f"{name}.{key}") for key in fields)
         layers: Any = self.values.get(LAYERS)
         # Under every_layer and any_layer it is asked of each layer.
-        return name in self.values or (bool(layers) and all(name in layer for layer in layers))
+        by_layer = layers is not None and self.rules.catalogue.is_layer_fact(name)
+        return name in self.values or (by_layer and all(name in layer for layer in layers))
 
     def _sentence(self, rule: Requirement) -> str:
-        extra = {}
-        if "{difference}" in rule.reason:
-            extra["difference"] = difference(rule.that, self.values, self.rules.catalogue)
-        return fill(rule.reason, self.values, extra)
+        return sentence(rule, self.values, self.rules.catalogue)
 
     def _outcome(self, judged: Judged) -> Outcome:
         rule = judged.requirement.rule

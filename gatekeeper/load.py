@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TypeAlias
@@ -189,7 +189,7 @@ def _build(kinds: Kinds, faults: list[Fault], own: Iterable[str]) -> RuleSet:
     parser = RuleParser(kinds, faults, partial=frozenset(document.file for document in broken))
     rules = parser.build(frozenset(own))
     if faults:
-        raise RuleError(_first_causes(faults, kinds, broken))
+        raise RuleError(_first_causes(faults, kinds, broken, parser.catalogue))
     assert rules is not None
     return rules
 
@@ -199,8 +199,11 @@ _UNKNOWN = re.compile(r"unknown \w+ `([^`]+)`")
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
-def _first_causes(faults: list[Fault], kinds: Kinds, broken: list[Document]) -> list[Fault]:
-    """Leave out what is unknown only because the file that declares it, or the entry there, is at fault itself."""
+def _first_causes(faults: list[Fault], kinds: Kinds, broken: list[Document], sound: Container[str]) -> list[Fault]:
+    """Leave out what is unknown only because the file that declares it, or the entry there, is at fault itself.
+
+    `sound` are the facts whose declaration is not: what is said to be a part of one is unknown in earnest.
+    """
     if not kinds["ruleset"]:
         # Without its manifest it is not known what the rule set extends.
         return [fault for fault in faults if fault.code not in _FOLLOWING]
@@ -216,6 +219,7 @@ def _first_causes(faults: list[Fault], kinds: Kinds, broken: list[Document]) -> 
     def follows(fault: Fault) -> bool:
         found = _UNKNOWN.search(fault.message) if fault.code in _FOLLOWING else None
         parts = found[1].split(".") if found else []
-        return any(".".join(parts[:count]) in declared for count in range(1, len(parts) + 1))
+        names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        return any(name in declared and name not in sound for name in names)
 
     return [fault for fault in faults if not follows(fault)]

@@ -178,7 +178,7 @@ class _Parser:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             problem = error.problem or "can't be parsed"
-            if "'\\t'" in problem:
+            if mark and self._text[mark.index : mark.index + 1] == "\t":
                 problem += " (YAML is indented with spaces)"
             where = Where(self.file, mark.line + 1, mark.column + 1) if mark else Where(self.file)
             self.faults.append(Fault("syntax", f"not YAML: {problem}", where))
@@ -236,7 +236,10 @@ class _Parser:
             self._mark((*path, key), event)
             inner = next(self._events)
             if flow and isinstance(inner, yaml.ScalarEvent) and inner.value == "" and not inner.style:
-                self._fault(event, "cut-text", f"a comma cut the text before `{key}`; quote the whole text")
+                message = (
+                    f"`{_cut(key)}` has no value; if it is the rest of a text that a comma cut, quote the whole text"
+                )
+                self._fault(event, "cut-text", message)
             result[key] = self._value(inner, (*path, key), flow=flow)
         return result
 
@@ -293,7 +296,9 @@ def _validator(kind: str) -> Draft202012Validator:
     from referencing.jsonschema import DRAFT202012
 
     def retrieve(uri: str) -> Resource[Any]:
-        return Resource.from_contents(load_schema(uri.removesuffix(".schema.json")), DRAFT202012)
+        # Python's `$` also matches before a last line break, that of JSON Schema does not.
+        text = json.dumps(load_schema(uri.removesuffix(".schema.json"))).replace('$"', '\\\\Z"')
+        return Resource.from_contents(json.loads(text), DRAFT202012)
 
     registry: Registry[Any] = Registry(retrieve=retrieve)  # type: ignore[call-arg]  # attrs alias of `_retrieve`
     return Draft202012Validator({"$ref": f"{kind}.schema.json"}, registry=registry)

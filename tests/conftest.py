@@ -23,6 +23,10 @@ hypothesis.settings.register_profile(
     print_blob=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
+# By hand, before a release: HYPOTHESIS_PROFILE=long python -m pytest -m slow_property -n 2
+hypothesis.settings.register_profile(
+    "long", hypothesis.settings.get_profile("full"), max_examples=10_000, derandomize=False
+)
 hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") == "true" else "dev")
 )

@@ -1,7 +1,8 @@
 """A slow, obvious interpreter of the rule language, written from the design's text alone, to compare the engine with.
 
-It knows nothing of the package: parsed YAML and one `--facts` line go in, plain dicts come out. Left out: overlays,
-shadow mode, dependencies between features, `covers`, and every check made at load (rule sets are taken as valid).
+It knows nothing of the package: parsed YAML and one `--facts` line go in, plain dicts come out. Left out: `item` in
+`derive`, `covers` for lists that hold patterns and for quantizers with rules of their own (whole names are there), and
+every check made at load (rule sets are taken as valid).
 
 Readings. Where the text leaves a choice, this is what a careful reader made of it; each hangs on the quoted sentence.
 
@@ -63,14 +64,41 @@ Readings. Where the text leaves a choice, this is what a careful reader made of 
 25. "Several gates": the gate whose `applies_to` is true decides although another's is unknown (they are disjoint).
     `applies_to` left out is true, `scope` left out is model, `runner` left out is target.
 26. `decided_by` of a pending line 2 is `no-gate`.
+27. "in a layer gate that layer's, in a model gate the feature's": `applies_to` and `request` ask for the feature's;
+    `every_layer` and `any_layer`, in a model gate too, for each layer's. A layer's is unknown while that layer is
+    pending, the feature's while it or any of its layers is. Where the other feature's list of layers is unknown or
+    empty, the feature's is the layer's.
+28. "`mixed`, whose option and outputs are given by layer only": as facts they are absent, as is the option of anything
+    but on and an output that is null.
+29. "Errors are final" says that none turns to on. One that is not forced, found while the list of layers is unknown,
+    may still turn out to be off ("no MoE layer"), so until then the feature's facts are unknown: the promise binds.
+30. "a shadow decision ... consumers and other gates see it as off": in every state, pending too, and whatever is asked.
+    A gate's mode beats the feature's, which counts where no gate applies. As long as the gate is unknown, and those
+    that may apply (or none) differ in their mode, the facts are unknown unless it is off anyhow.
+31. "a request whose fact is unknown: ... for other gates the feature's facts are unknown": in every state, off and
+    error too; a request that the gate ignores does not count.
+32. An overlay drops first, replaces next, adds last. "whole": what takes the place of a requirement stands alone,
+    without the `when` of the group and the overrides of the `use` that it replaces, at their place in file order. What
+    is added comes last. Requirements of an option are replaced with their option. Shared requirements are amended
+    before gates use them; a `use` keeps its overrides. "outputs whole": the gate's own, the feature's values stand.
+33. "a pending outcome says at which stage it resolves": the latest stage of all unknown facts that it tests; the list
+    of layers is known with the checkpoint, and over an unknown one every `layer.*` fact is unknown. A record's field
+    has the record's stage. What is derived (also by default) has the latest stage of what it reads, one with `from` not
+    before its group's; what a feature came to, that of the facts that it names, one of scope layer not before the list
+    of layers. Over an empty list no `layer.*` fact is open.
+34. `covers`: absent in the list, NAME or `quant.method` is false, else unknown in one of them unknown. A listed name
+    covers itself; but for ModelOpt (globs "on the whole name or on a dotted part") also as any run of NAME's segments.
+35. "any other word in the fact is an error that lists the options": of the decision, by `request`, where an option is
+    to be chosen (line 6).
 """
 
 from __future__ import annotations
 
 import ast
+import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -224,6 +252,8 @@ class Place:
     rules: Mapping[str, Any]
     record: Mapping[str, Any]
     layer: Mapping[str, Any] | None = None
+    number: int | None = None  # of this layer, among those that the runner loads
+    decided: dict[str, Seen] = field(default_factory=dict)  # features decided so far, for one another
 
     @property
     def runner(self) -> str:
@@ -236,12 +266,15 @@ class Place:
             return None
         role = {"target": "main", "draft": "mtp"}[self.runner]
         places = [replace(self, layer=layer) for layer in listed]
-        return [place for place in places if place.read("layer.role") == role]
+        loaded = [place for place in places if place.read("layer.role") == role]
+        return [replace(place, number=number) for number, place in enumerate(loaded)]
 
     def read(self, name: str) -> Any:
         """What one fact is here: a value, ABSENT or UNKNOWN."""
         if name == "model.runner":
             return self.runner
+        if name.startswith("feature."):
+            return self.came_to(name)
         if name not in self.rules["facts"]:
             parent, _, field = name.rpartition(".")
             if parent not in self.rules["facts"]:
@@ -253,12 +286,19 @@ class Place:
         spec = self.rules["facts"][name]
         reading = ABSENT if "derive" in spec and "from" not in spec else self.given(name, spec)
         if reading is ABSENT and "derive" in spec:
-            reading = derive(spec["derive"], self)
+            reading = derived(spec["derive"], spec, self)
         if reading is ABSENT and "default" in spec:
             default = spec["default"]
-            derived = isinstance(default, Mapping) and "derive" in default
-            reading = derive(default["derive"], self) if derived else value_of(default, spec)
+            by_rule = isinstance(default, Mapping) and "derive" in default
+            reading = derived(default["derive"], spec, self) if by_rule else value_of(default, spec)
         return reading
+
+    def came_to(self, name: str) -> Any:
+        """What a fact `feature.NAME.*` is here: a feature is decided when another asks for it (there are no cycles)."""
+        _, feature, *rest = name.split(".")
+        if feature not in self.decided:
+            decide_feature(feature, replace(self, layer=None, number=None))
+        return self.decided[feature].read(rest, self.number)
 
     def given(self, name: str, spec: Mapping[str, Any]) -> Any:
         source = self.source(name)
@@ -295,20 +335,22 @@ class Place:
         ]
         if whole is None and not named:
             return ABSENT if name in source or self.assumed(name) else UNKNOWN
-        for field, field_spec in spec["fields"].items():
-            full = f"{name}.{field}"
-            holder, key = (whole, field) if whole is not None and field in whole else (source, full)
+        for each, field_spec in spec["fields"].items():
+            full = f"{name}.{each}"
+            holder, key = (whole, each) if whole is not None and each in whole else (source, full)
             if key in holder:
-                fields[field] = ABSENT if holder[key] is None else value_of(holder[key], field_spec)
+                fields[each] = ABSENT if holder[key] is None else value_of(holder[key], field_spec)
             else:
-                fields[field] = ABSENT if self.assumed(name) and self.assumed(full) else UNKNOWN
+                fields[each] = ABSENT if self.assumed(name) and self.assumed(full) else UNKNOWN
         known = any(not isinstance(reading, Missing) for reading in fields.values())
         return Record(fields, True if whole is not None or known else None)
 
 
 def value_of(raw: Any, spec: Mapping[str, Any]) -> Any:
     if spec["type"] == "version":
-        return Version(str(raw))
+        return as_version(raw)
+    if spec["type"] == "number":
+        return float(raw)
     if spec["type"] == "list":
         return [value_of(item, {"type": spec["items"]}) for item in raw]
     return raw
@@ -329,9 +371,10 @@ COMPARISONS = {
 }
 
 
-def derive(text: str, place: Place) -> Any:
-    """What a `derive` expression comes to here."""
-    return worth(ast.parse(text.strip(), mode="eval").body, place)
+def derived(text: str, spec: Mapping[str, Any], place: Place) -> Any:
+    """What a `derive` expression comes to here, as a value of the fact's type."""
+    found = worth(ast.parse(text.strip(), mode="eval").body, place)
+    return found if isinstance(found, Missing) else value_of(found, spec)
 
 
 def worth(node: ast.expr, place: Place) -> Any:
@@ -472,9 +515,117 @@ def operator_holds(word: str, left: Any, right: Any, place: Place) -> Truth:
             return False if left is ABSENT else None
         items = [test_holds(item, right, place) for item in left]
         return k_any(items) if word == "any_item" else k_all(items)
+    if word == "covers":
+        return covered(left, right, place)
     if isinstance(right, Mapping):
         right = place.read(right["fact"])
     return compared(word, left, right)
+
+
+def covered(listed: Any, template: str, place: Place) -> Truth:
+    method = place.read("quant.method")
+    parts = [place.read(part[1:-1]) if part[0] == "{" else part for part in re.findall(r"\{[^}]*\}|[^{]+", template)]
+    missing = missing_of([listed, method, *parts])
+    if missing:
+        return False if missing is ABSENT else None
+    segments = "".join(parts).split(".")
+    runs = {tuple(segments[start:end]) for start in range(len(segments)) for end in range(start + 1, len(segments) + 1)}
+    if method == "modelopt":
+        runs = {tuple(segments), *((segment,) for segment in segments)}
+    return any(tuple(name.split(".")) in runs for name in listed)
+
+
+# ---------------------------------------------------------------------------------------------------------- stages
+
+STAGES = ("config", "checkpoint", "platform", "layout")
+STAGE_OF_GROUP = {"layer": "checkpoint", "platform": "platform", "library": "platform", "env": "platform"}
+STAGE_OF_GROUP |= {"parallel": "layout", "server": "layout", "engine": "layout"}
+LAYERS = "layer.*"  # the list of them
+
+
+def latest(stages: Iterable[str]) -> str:
+    return max(stages, key=STAGES.index, default="config")
+
+
+def stage_of(name: str, rules: Mapping[str, Any]) -> str:
+    """When a fact can be known at the earliest."""
+    if name.startswith("feature."):
+        return latest(stage_of(read, rules) for read in read_by_feature(name.split(".")[1], rules))
+    spec = rules["facts"].get(name) or rules["facts"].get(name.rpartition(".")[0], {})
+    if "stage" in spec:
+        return str(spec["stage"])
+    default = spec.get("default")
+    texts = [spec.get("derive"), default.get("derive") if isinstance(default, Mapping) else None]
+    trees = [ast.parse(text.strip(), mode="eval") for text in texts if text is not None]
+    reads = {ast.unparse(node) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    group = STAGE_OF_GROUP.get(name.split(".")[0], "config")
+    own = [] if "derive" in spec and "from" not in spec else [group]
+    return latest([*own, *(stage_of(read, rules) for read in reads)])
+
+
+def read_by_feature(name: str, rules: Mapping[str, Any]) -> set[str]:
+    """The facts that a feature's declaration and gates name."""
+    feature = rules["features"][name]
+    request = feature.get("request")
+    reads = set(request.values()) if isinstance(request, Mapping) else {request} - {None}
+    reads |= named_in([spec.get("value") for spec in feature.get("outputs", {}).values()], rules)
+    for gate in gates_of(name, rules):
+        options = gate.body.get("options", [])
+        needs = [*gate.body.get("requires", []), *(need for one in options for need in one.get("requires", []))]
+        for need in requirements_of(needs, rules):
+            reads |= named_in([*need.when, need.that], rules)
+        outputs = [gate.body.get("outputs", {}), *(one.get("outputs", {}) for one in options)]
+        reads |= named_in([gate.body.get("applies_to", {}), *outputs], rules)
+    return reads - {LAYERS} | ({LAYERS} if feature.get("scope") == "layer" else set())
+
+
+def named_in(data: Any, rules: Mapping[str, Any]) -> set[str]:
+    """The facts that conditions or output values name."""
+    if isinstance(data, list):
+        return {name for item in data for name in named_in(item, rules)}
+    if not isinstance(data, Mapping):
+        return set()
+    found = set()
+    for key, value in data.items():
+        if key == "use":
+            names = [value] if isinstance(value, str) else value
+            found |= named_in([rules["conditions"][name]["that"] for name in names], rules)
+        elif key == "fact":
+            found.add(value)
+        elif key == "covers":
+            found |= {"quant.method", *re.findall(r"\{([^}]*)\}", value)}
+        else:
+            found |= {key} if "." in key else {LAYERS} if key in ("every_layer", "any_layer") else set()
+            found |= named_in(value, rules)
+    return found
+
+
+def open_facts(condition: Mapping[str, Any], place: Place) -> set[str]:
+    """The unknown facts that a condition tests."""
+    found: set[str] = set()
+    for key, value in condition.items():
+        if key in ("all", "any"):
+            found |= {name for part in value for name in open_facts(part, place)}
+        elif key == "not":
+            found |= open_facts(value, place)
+        elif key == "use":
+            names = [value] if isinstance(value, str) else value
+            found |= {name for one in names for name in open_facts(place.rules["conditions"][one]["that"], place)}
+        elif key in ("every_layer", "any_layer"):
+            layers = place.layers()
+            found |= {LAYERS} if layers is None else set()
+            for layer in layers or [replace(place, layer=None)]:
+                asked_of = open_facts(value.get("where", {}), layer) | open_facts(value["that"], layer)
+                found |= {name for name in asked_of if layers != [] or not name.startswith("layer.")}
+        else:
+            found |= {name for name in named_in({key: value}, place.rules) if is_open(place.read(name))}
+    return found
+
+
+def is_open(reading: Any) -> bool:
+    if isinstance(reading, Record):
+        return reading.present is None or UNKNOWN in reading.fields.values()
+    return reading is UNKNOWN
 
 
 # ---------------------------------------------------------------------------------------------------- requirements
@@ -498,6 +649,7 @@ class Outcome:
     requirement: Requirement
     state: str
     when: bool
+    resolves_at: str | None = None
 
     @property
     def rank(self) -> tuple[bool, bool]:
@@ -529,7 +681,11 @@ def judge(requirement: Requirement, place: Place, waive: bool) -> Outcome:
     state = {True: "passed", False: "failed", None: "unknown"}[formula]
     if waive and state != "passed" and requirement.protects != "correctness":
         state = "waived"
-    return Outcome(requirement, state, when is True)
+    resolves_at = None
+    if state == "unknown":
+        facts = {name for part in (*requirement.when, requirement.that) for name in open_facts(part, place)}
+        resolves_at = latest(stage_of(name, place.rules) for name in facts)
+    return Outcome(requirement, state, when is True, resolves_at)
 
 
 def in_state(outcomes: Iterable[Outcome], state: str) -> list[Outcome]:
@@ -591,8 +747,6 @@ def asked(feature: Mapping[str, Any], options: set[str], place: Place) -> Ask:
         return Ask()
     if said in ("on", "off"):
         return Ask(forced=said == "on", forbidden=said == "off")
-    if said not in options:
-        raise ValueError(f"`{request}` is `{said}`, expected auto, on, off or one of {sorted(options)}")
     return Ask(forced=True, option=said)
 
 
@@ -601,7 +755,7 @@ def asked(feature: Mapping[str, Any], options: set[str], place: Place) -> Ask:
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate and its declaration; `body` is the same mapping as `feature` where they share a file."""
+    """A gate and the declaration of its feature."""
 
     feature: Mapping[str, Any]
     body: Mapping[str, Any]
@@ -611,12 +765,8 @@ class Gate:
         return str(self.body.get("gate", self.body["feature"]))
 
     @property
-    def shared(self) -> bool:
-        return "outputs" in self.body and self.body is self.feature
-
-    @property
-    def request(self) -> Any:
-        return None if self.body is self.feature else self.body.get("request")
+    def mode(self) -> str:
+        return str(self.body.get("mode", self.feature.get("mode", "enforce")))
 
 
 def answer(feature: Mapping[str, Any], state: str, by: str | None, **more: Any) -> dict[str, Any]:
@@ -627,24 +777,24 @@ def answer(feature: Mapping[str, Any], state: str, by: str | None, **more: Any) 
 
 def naive_decide(rule_set: Mapping[str, Any], record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Decide every feature of a rule set on one `--facts` line; one dict a feature, sorted by name."""
-    place = Place(rule_set, record)
-    return [decide_feature(name, place) for name in sorted(rule_set["features"])]
+    place = Place(laid_over(rule_set), record)
+    for name in place.rules["features"]:
+        if name not in place.decided:
+            decide_feature(name, place)
+    return [place.decided[name].decision for name in sorted(place.rules["features"])]
 
 
 def gates_of(name: str, rules: Mapping[str, Any]) -> list[Gate]:
-    feature = rules["features"][name]
-    bodies = [body for body in rules.get("gates", []) if body["feature"] == name]
-    if any(key in feature for key in ("gate", "applies_to", "requires", "options")):
-        bodies.append(feature)
-    return [Gate(feature, body) for body in bodies]
+    return [Gate(rules["features"][name], body) for body in rules["gates"] if body["feature"] == name]
 
 
-def decide_feature(name: str, place: Place) -> dict[str, Any]:
+def decide_feature(name: str, place: Place) -> None:
+    """Decide one feature and note it down for the others."""
     feature, gates = place.rules["features"][name], gates_of(name, place.rules)
     applies = [holds(gate.body.get("applies_to", {}), place) for gate in gates]
     gate = next((gate for gate, truth in zip(gates, applies, strict=True) if truth), None)
     as_asked = asked(feature, {option["option"] for g in gates for option in g.body.get("options", [])}, place)
-    ask = as_asked.without_force() if gate and gate.request == "ignored" else as_asked
+    ask = as_asked.without_force() if gate and gate.body.get("request") == "ignored" else as_asked
 
     def once(where: Place) -> dict[str, Any]:
         return decide_once(feature, gate, applies, ask, where)
@@ -654,8 +804,44 @@ def decide_feature(name: str, place: Place) -> dict[str, Any]:
         found = once(place)
     else:
         found, layers = decide_layers(feature, ask, place, once)
-    about = {"feature": name, "gate": gate.name if gate else None, "request": as_asked.word, "requested": ask.forced}
-    return {**about, **found, "layers": layers}
+    modes = {one.mode for one, truth in zip(gates, applies, strict=True) if truth is not False}
+    modes = {gate.mode} if gate else modes | {feature.get("mode", "enforce")}
+    about = {
+        "feature": name,
+        "gate": gate.name if gate else None,
+        "mode": gate.mode if gate else feature.get("mode", "enforce"),
+        "request": as_asked.word,
+        "requested": ask.forced,
+    }
+    decision = {**about, **found, "layers": layers}
+    may_be_off = feature.get("scope") == "layer" and layers is None and found["state"] == "error" and not ask.forced
+    place.decided[name] = Seen(feature, decision, modes, settled=not ask.unknown and not may_be_off)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A decision as other gates see it; `modes` are those that it may turn out to have."""
+
+    feature: Mapping[str, Any]
+    decision: Mapping[str, Any]
+    modes: set[str]
+    settled: bool
+
+    def read(self, rest: list[str], layer: int | None) -> Any:
+        """The fact `feature.NAME.` and `rest`, in one layer or (None) as a whole."""
+        layers = self.decision["layers"] or []
+        one = layers[layer] if layers and layer is not None else self.decision
+        states = {one["state"], *(each["state"] for each in layers if layer is None)}
+        off = answer(self.feature, "off", None)
+        if self.modes == {"shadow"}:
+            one = off
+        elif "pending" in states or not self.settled or ("shadow" in self.modes and one["state"] != "off"):
+            return UNKNOWN
+        if rest == ["outputs", rest[-1]]:
+            raw = one["outputs"].get(rest[-1])
+            return ABSENT if raw is None else value_of(raw, self.feature["outputs"][rest[-1]])
+        found = one[rest[0]]
+        return ABSENT if found is None else found
 
 
 def decide_once(
@@ -667,10 +853,10 @@ def decide_once(
     if gate is None:  # line 2
         state = "pending" if None in applies else "error" if ask.forced else "off"
         return answer(feature, state, "no-gate")
-    if gate.request == "required" and not (ask.forced or ask.maybe_forced):
+    if gate.body.get("request") == "required" and not (ask.forced or ask.maybe_forced):
         return answer(feature, "off", "request")
     found = decide_gate(gate, ask, place)
-    if gate.request == "required" and not ask.forced and found["state"] == "error":
+    if gate.body.get("request") == "required" and not ask.forced and found["state"] == "error":
         return {**found, "state": "pending", "decided_by": "request"}
     return found
 
@@ -722,7 +908,7 @@ def decide_gate(gate: Gate, ask: Ask, place: Place) -> dict[str, Any]:
         needs = requirements_of(option.get("requires", []), place.rules)
         of_option[option["option"]] = [judge(need, place, ask.option == option["option"]) for need in needs]
     every = [*own, *(outcome for outcomes in of_option.values() for outcome in outcomes)]
-    outcomes = [{"id": outcome.requirement.id, "state": outcome.state} for outcome in every]
+    outcomes = [{"id": o.requirement.id, "state": o.state, "resolves_at": o.resolves_at} for o in every]
 
     def came_to(state: str, by: str | None, would_be: str | None = None) -> dict[str, Any]:
         return answer(feature, state, by, would_be=would_be, outcomes=outcomes)
@@ -761,7 +947,9 @@ def choose(gate: Gate, ask: Ask, of_option: Mapping[str, list[Outcome]]) -> tupl
         states = [outcome.state for outcome in outcomes]
         return "failed" if "failed" in states else "unknown" if "unknown" in states else "passed"
 
-    if ask.option is not None and ask.option in of_option:
+    if ask.option is not None:
+        if ask.option not in of_option:
+            return "error", "request", None
         outcomes = of_option[ask.option]
         state = state_of(outcomes)
         if state == "passed":
@@ -793,8 +981,7 @@ def outputs_of(gate: Gate, chosen: str | None, place: Place) -> dict[str, Any]:
     option = next((option for option in gate.body.get("options", []) if option["option"] == chosen), {})
     values = {}
     for name, spec in gate.feature.get("outputs", {}).items():
-        given_by_gate = {} if gate.shared else gate.body.get("outputs", {})
-        value = option.get("outputs", {}).get(name, given_by_gate.get(name, spec.get("value")))
+        value = option.get("outputs", {}).get(name, gate.body.get("outputs", {}).get(name, spec.get("value")))
         if isinstance(value, Mapping):
             value = shown_value(place.read(value["fact"]))
         values[name] = value
@@ -803,3 +990,88 @@ def outputs_of(gate: Gate, chosen: str | None, place: Place) -> dict[str, Any]:
 
 def shown_value(value: Any) -> Any:
     return value.text if isinstance(value, Version) else value
+
+
+# -------------------------------------------------------------------------------------------------------- overlays
+
+GATE_WORDS = ("applies_to", "requires", "options", "on_failure")
+
+
+def laid_over(rule_set: Mapping[str, Any]) -> dict[str, Any]:
+    """The rule set with each gate apart from its declaration, and what its `overlays` add and amend in their order."""
+    rules = {
+        kind: copy.deepcopy(rule_set.get(kind, {})) for kind in ("facts", "features", "requirements", "conditions")
+    }
+    rules["gates"] = copy.deepcopy(rule_set.get("gates", []))
+    amendments: list[dict[str, Any]] = []
+    for overlay in rule_set.get("overlays", []):
+        for kind in ("facts", "features", "requirements", "conditions"):
+            rules[kind] |= copy.deepcopy(overlay.get(kind, {}))
+        rules["gates"] += copy.deepcopy(overlay.get("gates", []))
+        amendments += copy.deepcopy(overlay.get("amendments", []))
+    for name, feature in rules["features"].items():
+        if any(word in feature for word in GATE_WORDS):
+            gate = {word: feature.pop(word) for word in GATE_WORDS if word in feature}
+            rules["gates"].append({"feature": name, **gate})
+    for amendment in sorted(amendments, key=lambda one: "/" in one["amends"]):
+        if "/" in amendment["amends"]:
+            amend_gate(amendment, rules)
+        else:
+            amend_shared(amendment, rules)
+    return rules
+
+
+def amend_shared(amendment: Mapping[str, Any], rules: Mapping[str, Any]) -> None:
+    name = amendment["amends"]
+    for change in amendment.get("replace", []):
+        rules["requirements"][name] = change["requirement"]
+    if "drop" in amendment:
+        lists = [gate["requires"] for gate in rules["gates"] if "requires" in gate]
+        lists += [one["requires"] for gate in rules["gates"] for one in gate.get("options", []) if "requires" in one]
+        for items in lists:
+            items[:] = without(name, items)
+
+
+def without(name: str, items: list[Any]) -> list[Any]:
+    """A list of requirements less the one of this id, also where it stands in a group."""
+    left = [item for item in items if name not in (item.get("id"), item.get("use"))]
+    return [{**item, "requires": without(name, item["requires"])} if "requires" in item else item for item in left]
+
+
+def amend_gate(amendment: Mapping[str, Any], rules: Mapping[str, Any]) -> None:
+    feature, _, name = amendment["amends"].partition("/")
+    (gate,) = (
+        body for body in rules["gates"] if (body["feature"], body.get("gate", body["feature"])) == (feature, name)
+    )
+    options = gate.get("options", [])
+    for change in amendment.get("drop", []):
+        if "requirement" in change:
+            gate["requires"] = without(change["requirement"], gate["requires"])
+        else:
+            options[:] = [option for option in options if option["option"] != change["option"]]
+    for change in amendment.get("replace", []):
+        if "requirement" in change:
+            gate["requires"] = replaced(change["requirement"], gate["requires"])
+        elif "option" in change:
+            options[:] = [change["option"] if o["option"] == change["option"]["option"] else o for o in options]
+        else:
+            gate |= {word: change[word] for word in ("applies_to", "request", "outputs") if word in change}
+    for change in amendment.get("add", []):
+        if "requirement" in change:
+            gate["requires"] = [*gate.get("requires", []), change["requirement"]]
+        else:
+            names = [option["option"] for option in options]
+            options.insert(names.index(change["before"]) if "before" in change else len(names), change["option"])
+
+
+def replaced(new: dict[str, Any], items: list[Any]) -> list[Any]:
+    """A list of requirements with another in the place of that of its id; a group is split around it."""
+    for number, item in enumerate(items):
+        before, after = items[:number], items[number + 1 :]
+        if new["id"] in (item.get("id"), item.get("use")):
+            return [*before, new, *after]
+        inner = replaced(new, item.get("requires", []))
+        if new in inner:
+            first, last = inner[: inner.index(new)], inner[inner.index(new) + 1 :]
+            return [*before, {**item, "requires": first}, new, {**item, "requires": last}, *after]
+    return items

@@ -23,3 +23,12 @@ def assert_final(fewer: Decided, more: Decided, what: str) -> None:
             assert more[key] == fewer[key], f"{what} was on, now {key} is {more[key]!r}, not {fewer[key]!r}"
     if fewer["state"] == "error":
         assert more["state"] != "on", f"{what} was an error and is on"
+
+
+def assert_facts_kept(fewer: Decided, more: Decided) -> None:
+    """What a decision knew of another feature's decision stays so: `feature.*` facts are facts like any other."""
+    for name, value in fewer["facts_used"].items():
+        # A layer's come by ranges of layers, which differ where more layers are known.
+        if name.startswith("feature.") and not isinstance(value, Mapping):
+            after = more["facts_used"].get(name, value)
+            assert after == value or isinstance(after, Mapping), f"`{name}` was {value!r}, now it is {after!r}"

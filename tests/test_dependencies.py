@@ -198,7 +198,12 @@ def test_an_unknown_outcome_says_at_which_stage_it_is_known() -> None:
         (None, {"model.family": "a"}, "checkpoint", "`layer.size`"),
         (None, {}, "checkpoint", "`layer.size`, `model.family`"),
         ([{"layer.index": 0, "layer.size": 8}], {}, "config", "`model.family`"),
-        ([{"layer.index": 0, "layer.size": 8}, {"layer.index": 1}], {"model.family": "a"}, "checkpoint", "`layer.size`"),
+        (
+            [{"layer.index": 0, "layer.size": 8}, {"layer.index": 1}],
+            {"model.family": "a"},
+            "checkpoint",
+            "`layer.size`",
+        ),
     ],
 )
 def test_under_every_layer_what_is_not_known_is_told_of_the_layers(

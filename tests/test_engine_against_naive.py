@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
@@ -14,8 +15,9 @@ from gatekeeper.decide import decide
 from gatekeeper.facts import from_record
 from gatekeeper.load import parse_rule_set
 from tests.naive import naive_decide
-from tests.promise import assert_kept
-from tests.strategies import hide, records, rule_sets
+from tests.promise import assert_facts_kept, assert_kept
+from tests.small import FACTS
+from tests.strategies import files_of, hide, records, rule_sets
 
 Decided = Mapping[str, Any]
 Check = Callable[[st.DataObject], None]
@@ -23,9 +25,11 @@ Check = Callable[[st.DataObject], None]
 COMPARED = ("state", "option", "outputs", "decided_by")
 
 
-def engine_decide(files: Mapping[str, str], *lines: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+def engine_decide(
+    files: Mapping[str, str], overlays: Sequence[Mapping[str, str]], *lines: Mapping[str, Any]
+) -> list[list[dict[str, Any]]]:
     """What the engine says to each line of facts, as its JSON form has it, sorted by feature."""
-    rules = parse_rule_set(dict(files))
+    rules = parse_rule_set(files, overlays)
     answers = []
     for line in lines:
         with capture_logs():  # thousands of events would bury a failing example
@@ -39,7 +43,7 @@ def essence(decided: Decided, *, layer: bool = False) -> dict[str, Any]:
     kept = {key: decided[key] for key in COMPARED}
     if layer:
         return {"index": decided["index"], "role": decided["role"], **kept}
-    kept |= {"feature": decided["feature"], "would_be": decided["would_be"], "requested": decided["requested"]}
+    kept |= {key: decided[key] for key in ("feature", "gate", "mode", "would_be", "requested")}
     if decided["state"] == "mixed":
         del kept["outputs"]  # given by layer only: nothing to compare
     if decided["layers"]:
@@ -48,32 +52,111 @@ def essence(decided: Decided, *, layer: bool = False) -> dict[str, Any]:
         decided["decided_by"] in ("request", "layers") and decided["state"] != "pending"
     ):
         return kept  # whether requirements were looked at all the same is a matter of the report
-    return kept | {"outcomes": [(outcome["id"], outcome["state"]) for outcome in decided["outcomes"]]}
+    return kept | {"outcomes": [(one["id"], one["state"], one["resolves_at"]) for one in decided["outcomes"]]}
 
 
 def engine_agrees(data: st.DataObject) -> None:
-    rules, files = data.draw(rule_sets())
+    rules, files, overlays = data.draw(rule_sets())
     record = data.draw(records(rules, complete=data.draw(st.booleans())))
     if data.draw(st.booleans()):
         record = data.draw(hide(record, rules))
-    for path, text in files.items():
-        note(f"--- {path}\n{text}")
-    note(f"--- record\n{record}")
+    show(files, overlays, record)
 
-    (engine,) = engine_decide(files, record)
+    (engine,) = engine_decide(files, overlays, record)
+    naive = naive_decide(rules, record)
 
-    assert [essence(decided) for decided in engine] == [essence(decided) for decided in naive_decide(rules, record)]
+    assert [essence(decided) for decided in engine] == [essence(decided) for decided in naive]
 
 
 def engine_keeps_the_promise(data: st.DataObject) -> None:
-    rules, files = data.draw(rule_sets())
+    rules, files, overlays = data.draw(rule_sets())
     record = data.draw(records(rules, complete=data.draw(st.booleans())))
     hidden = data.draw(hide(record, rules))
+    show(files, overlays, record)
+    note(f"--- hidden\n{hidden}")
 
-    fewer, more = engine_decide(files, hidden, record)
+    fewer, more = engine_decide(files, overlays, hidden, record)
 
     for before, after in zip(fewer, more, strict=True):
         assert_kept(before, after)
+        assert_facts_kept(before, after)
+
+
+def show(files: Mapping[str, str], overlays: Sequence[Mapping[str, str]], record: Mapping[str, Any]) -> None:
+    for number, folder in enumerate([files, *overlays]):
+        for path, text in folder.items():
+            note(f"--- {path}{f' of overlay {number}' if number else ''}\n{text}")
+    note(f"--- record\n{record}")
+
+
+# What random search found, or would need long to find: a rule set, and facts of which the second lines say more.
+
+ALPHA: dict[str, Any] = {"feature": "alpha", "summary": "A feature."}
+BETA: dict[str, Any] = {"feature": "beta", "summary": "Another one."}
+NUMBERED = {"id": "numbered", "protects": "correctness", "that": {"model.n": 1}, "reason": "It is {model.n}."}
+ASKS = {"id": "asks", "protects": "correctness", "reason": "It is {feature.alpha.state}."}
+OF_FAMILY = {"feature": "alpha", "mode": "enforce", "applies_to": {"model.family": "x"}, "requires": [NUMBERED]}
+EVERY_LAYER = {"every_layer": {"that": {"quant.method": {"matches": "*"}}}}
+
+FOUND: dict[str, tuple[Sequence[Any], Sequence[Any], Any, Any]] = {
+    "an error without a list of layers may turn out to be off": (
+        [
+            {**ALPHA, "scope": "layer", "requires": [{**NUMBERED, "on_failure": "error"}]},
+            {**BETA, "requires": [{**ASKS, "that": {"feature.alpha.state": "error"}}]},
+        ],
+        [],
+        {"facts": {"model.n": 2}},
+        {"facts": {"model.n": 2}, "layers": []},
+    ),
+    "a gate that may enforce what the feature keeps in the shadow": (
+        [{**ALPHA, "mode": "shadow"}, {**BETA, "requires": [{**ASKS, "that": {"feature.alpha.state": "off"}}]}],
+        [OF_FAMILY],
+        {"facts": {"model.n": 1}},
+        {"facts": {"model.n": 1, "model.family": "x"}},
+    ),
+    "an unknown request of a feature in the shadow": (
+        [
+            {**ALPHA, "mode": "shadow", "request": "server.backend", "options": [{"option": "one"}]},
+            {**BETA, "requires": [{**ASKS, "that": {"feature.alpha.option": {"absent": True}}}]},
+        ],
+        [],
+        {"facts": {}},
+        {"facts": {"server.backend": "one"}},
+    ),
+    "an unknown list of layers is known with the checkpoint": (
+        [{**ALPHA, "requires": [{**NUMBERED, "that": EVERY_LAYER}]}],
+        [],
+        {"facts": {}},
+        {"facts": {"quant.method": "fp8"}},
+    ),
+    "nothing is open about an empty list of layers": (
+        [{**ALPHA, "requires": [{**NUMBERED, "when": {"model.family": "x"}, "that": EVERY_LAYER}]}],
+        [],
+        {"facts": {}, "layers": []},
+        {"facts": {"quant.method": "fp8"}, "layers": []},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_found(case: str) -> None:
+    features, gates, fewer, more = FOUND[case]
+    rules = {
+        "manifest": {"name": "found", "version": "1", "language": 1},
+        "features": {feature["feature"]: feature for feature in features},
+        "gates": gates,
+    }
+    files = {**files_of(rules), "facts/facts.yaml": FACTS}
+    catalogue = yaml.safe_load(FACTS)
+
+    before, after = engine_decide(files, [], fewer, more)
+
+    for line, engine in ((fewer, before), (more, after)):
+        naive = naive_decide({**rules, **catalogue}, line)
+        assert [essence(decided) for decided in engine] == [essence(decided) for decided in naive]
+    for one, other in zip(before, after, strict=True):
+        assert_kept(one, other)
+        assert_facts_kept(one, other)
 
 
 PROPERTIES = pytest.mark.parametrize("holds", [engine_agrees, engine_keeps_the_promise])

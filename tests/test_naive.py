@@ -198,10 +198,10 @@ def test_on_has_its_outputs_and_every_outcome() -> None:
     assert decision["outputs"] == {"slots": 1}
     assert decision["gate"] == "deepseek_v3"
     assert decision["outcomes"] == [
-        {"id": "one-storage", "state": "passed"},
-        {"id": "no-overlap", "state": "passed"},
-        {"id": "known-expert-count", "state": "passed"},
-        {"id": "quark-at-384", "state": "passed"},
+        {"id": "one-storage", "state": "passed", "resolves_at": None},
+        {"id": "no-overlap", "state": "passed", "resolves_at": None},
+        {"id": "known-expert-count", "state": "passed", "resolves_at": None},
+        {"id": "quark-at-384", "state": "passed", "resolves_at": None},
     ]
     assert [(each["index"], each["role"], each["state"]) for each in decision["layers"]] == [
         (3, "main", "on"),
@@ -656,11 +656,194 @@ def test_missing_and_null(name: str, given: Any, assume: Any, expected: Any) -> 
         assert decision["outputs"] == {"it": expected}
 
 
+# ------------------------------------------------------------------------------------- features that ask for features
+
+FUSION = KIMI["features"]["fusion"]
+
+
+def with_reader(that: Any, fusion: Any = None, gate: Any = None, **more: Any) -> dict[str, Any]:
+    """The gate of the design, and a feature that asks what it came to."""
+    reader = {"feature": "reader", "requires": [need("asks", that)], **more}
+    gates = [{**KIMI["gates"][0], **(gate or {})}]
+    return {**KIMI, "features": {"reader": reader, "fusion": {**FUSION, **(fusion or {})}}, "gates": gates}
+
+
+def asks(rules: Any, record: Any) -> tuple[str, str]:
+    """What the fusion and the reader's requirement came to."""
+    fusion, reader = naive_decide(rules, record)
+    return fusion["state"], states(reader)["asks"]
+
+
+IS_ON, IS_OFF = {"feature.fusion.state": "on"}, {"feature.fusion.state": "off"}
+UNKNOWN_LIST, ONE_BF16 = quark("unknown"), quark([layer(3), layer(4, shared=BF16)])
+COUNT_ERROR = {"requires": [need("count", {"model.n_routed_experts": 256}, on_failure="error")]}
+SHADOW = {"mode": "shadow"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "record", "expected"),
+    [
+        pytest.param(with_reader(IS_ON), quark(), ("on", "passed"), id="on"),
+        pytest.param(with_reader({"feature.fusion.outputs.slots": 1}), quark(), ("on", "passed"), id="an output"),
+        pytest.param(
+            with_reader({"feature.fusion.option": {"absent": True}}), quark(), ("on", "passed"), id="no option"
+        ),
+        pytest.param(with_reader(IS_OFF), quark(**FORBIDDEN), ("off", "passed"), id="off"),
+        pytest.param(with_reader(IS_ON), UNKNOWN_LIST, ("pending", "unknown"), id="pending is unknown"),
+        pytest.param(with_reader(IS_OFF), quark(drop=(FORCE,), quant__method="fp8"), ("off", "unknown"), id="request"),
+        pytest.param(with_reader({"feature.fusion.state": "mixed"}), ONE_BF16, ("mixed", "passed"), id="mixed"),
+        pytest.param(
+            with_reader({"feature.fusion.outputs.slots": {"absent": True}}),
+            ONE_BF16,
+            ("mixed", "passed"),
+            id="by layer",
+        ),
+        pytest.param(with_reader(IS_ON), quark([layer(3), {"layer.index": 4}]), ("mixed", "unknown"), id="one pending"),
+        pytest.param(
+            with_reader({"feature.fusion.state": "error"}, gate=COUNT_ERROR),
+            quark(),
+            ("error", "passed"),
+            id="an error",
+        ),
+        pytest.param(
+            with_reader({"feature.fusion.state": "error"}, gate=COUNT_ERROR),
+            UNKNOWN_LIST,
+            ("error", "unknown"),
+            id="an error that an empty list of layers would undo",
+        ),
+        pytest.param(with_reader(IS_OFF, fusion=SHADOW), quark(), ("on", "passed"), id="shadow is off"),
+        pytest.param(with_reader(IS_OFF, gate=SHADOW), quark(), ("on", "passed"), id="the gate's shadow"),
+        pytest.param(
+            with_reader(IS_OFF, fusion=SHADOW), UNKNOWN_LIST, ("pending", "passed"), id="pending in the shadow"
+        ),
+        pytest.param(
+            with_reader({"feature.fusion.outputs.slots": 0}, fusion=SHADOW), quark(), ("on", "passed"), id="its outputs"
+        ),
+        pytest.param(
+            with_reader(IS_OFF, fusion=SHADOW, gate={"mode": "enforce"}),
+            quark(drop=("model.family",)),
+            ("pending", "unknown"),
+            id="a gate that may enforce",
+        ),
+    ],
+)
+def test_a_feature_that_asks_for_another(rules: Any, record: Any, expected: Any) -> None:
+    assert asks(rules, record) == expected
+
+
+def test_a_layer_gate_sees_the_other_feature_in_its_own_layer() -> None:
+    _, reader = naive_decide(
+        with_reader(IS_ON, scope="layer"), quark([layer(3), layer(4, shared=BF16), {"layer.index": 5}])
+    )
+
+    assert [each["state"] for each in reader["layers"]] == ["on", "off", "pending"]
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        ({"model.n_routed_experts": 1}, "config"),
+        ({"layer.routed_storage.width": 1}, "checkpoint"),
+        ({"library.triton": {"ge": "2.1"}}, "platform"),
+        ({"moe.shard_width": 1}, "layout"),
+        ({"any": [{"library.triton": {"ge": "2.1"}}, {"model.n_routed_experts": 1}]}, "platform"),
+        ({"every_layer": {"that": {"model.n_routed_experts": 1}}}, "checkpoint"),
+        ({"all": [{"moe.shard_width": 1, "model.family": "x"}]}, None),
+    ],
+)
+def test_the_stage_at_which_an_outcome_resolves(condition: Any, expected: str | None) -> None:
+    (outcome,) = decide_one(small([need("it", condition)]), {"facts": {"model.family": "y"}, "assume": ["server"]})[
+        "outcomes"
+    ]
+
+    assert outcome["resolves_at"] == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "listed", "module", "expected"),
+    [
+        ("fp8", ["mlp.shared"], "layers.3.mlp.shared.up", T),
+        ("fp8", ["mlp.share"], "layers.3.mlp.shared.up", F),
+        ("modelopt", ["mlp.shared"], "layers.3.mlp.shared.up", F),
+        ("modelopt", ["shared"], "layers.3.mlp.shared.up", T),
+        ("fp8", ["kimi"], "layers.{model.family}", T),
+        (None, ["kimi"], "kimi", U),
+        ("fp8", None, "kimi", U),
+        ("fp8", ["kimi"], "{quant.none}", U),
+    ],
+)
+def test_covers(method: Any, listed: Any, module: str, expected: str) -> None:
+    facts = {"model.family": "kimi", "quant.method": method, "quant.ignored_modules": listed}
+    rules = small([need("it", {"quant.ignored_modules": {"covers": module}})])
+    rules |= {"facts": {**FACTS, "quant.method": {"type": "string"}, "quant.none": {"type": "string"}}}
+    record = {"facts": {name: value for name, value in facts.items() if value is not None}, "assume": ["server"]}
+
+    assert states(decide_one(rules, record)) == {"it": expected}
+
+
+# -------------------------------------------------------------------------------------------------------- overlays
+
+
+def amended(**changes: Any) -> dict[str, Any]:
+    return {**KIMI, "overlays": [{"amendments": [{"amends": "fusion/deepseek_v3", **changes}]}]}
+
+
+LOOSER = need("known-expert-count", {"model.n_routed_experts": [160, 256]}, "support")
+STORAGE_GONE = [{"requirement": "one-storage"}]
+MORE = need("more", {"server.overlap": True}, "speed")
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        (amended(add=[{"requirement": MORE}], drop=[{"requirement": "one-storage"}]), ("off", "known-expert-count")),
+        (amended(add=[{"requirement": {**MORE, "protects": "correctness"}}], drop=STORAGE_GONE), ("off", "more")),
+        (amended(drop=[{"requirement": "one-storage"}, {"requirement": "known-expert-count"}]), ("on", None)),
+        (amended(replace=[{"requirement": LOOSER}], drop=[{"requirement": "one-storage"}]), ("on", None)),
+        (amended(replace=[{"applies_to": {"model.family": "mixtral"}}]), ("off", "no-gate")),
+        (amended(replace=[{"request": "required"}]), ("off", "request")),
+        (
+            {**KIMI, "overlays": [{"amendments": [{"amends": "one-storage", "drop": [{}]}]}]},
+            ("off", "known-expert-count"),
+        ),
+    ],
+)
+def test_amended(rules: Any, expected: Any) -> None:
+    record = quark([layer(3, shared=BF16)], model__n_routed_experts=160)
+
+    assert brief(decide_one(KIMI, record)) == ("off", "one-storage")
+    assert brief(decide_one(rules, record)) == expected
+
+
+def test_amended_outputs_and_options() -> None:
+    outputs = amended(replace=[{"outputs": {"slots": 7}}])
+    block_32 = {"option": "block-32", "outputs": {"block_n": 32}}
+    changes = {"add": [{"option": block_32, "before": "block-64"}], "drop": [{"option": "block-128"}]}
+    options = {**BLOCK, "overlays": [{"amendments": [{"amends": "block_n/block_n", **changes}]}]}
+
+    assert decide_one(outputs, quark())["outputs"] == {"slots": 7}
+    assert decide_one(options, block())["option"] == "block-32"
+
+
+def test_what_replaces_one_of_a_group_stands_alone() -> None:
+    group = {"when": {"model.family": "other"}, "requires": [need("first", {}), need("second", {}), need("third", {})]}
+    changed = need("second", {"model.family": "x"})
+    rules = small([group, need("last", {})])
+    rules["overlays"] = [{"amendments": [{"amends": "small/small", "replace": [{"requirement": changed}]}]}]
+
+    assert states(decide_one(rules, quark())) == {
+        "first": "not_applicable",
+        "second": "failed",
+        "third": "not_applicable",
+        "last": "passed",
+    }
+
+
 # ------------------------------------------------------------------------------------------------------ the promise
 
 
 def keeps_the_promise(data: st.DataObject) -> None:
-    rules, _ = data.draw(rule_sets())
+    rules, _, _ = data.draw(rule_sets())
     record = data.draw(records(rules, complete=data.draw(st.booleans())))
     hidden = data.draw(hide(record, rules))
 

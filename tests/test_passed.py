@@ -300,10 +300,10 @@ def test_processes_at_once_do_each_other_no_harm(rules: Path, memory: Path) -> N
 @pytest.mark.parametrize(
     ("platform", "environment", "expected"),
     [
-        ("linux", {}, "/home/me/.cache/model-gatekeeper/passed"),
+        ("linux", {}, "/users/me/.cache/model-gatekeeper/passed"),
         ("linux", {"XDG_CACHE_HOME": "/var/cache/me"}, "/var/cache/me/model-gatekeeper/passed"),
-        ("linux", {"XDG_CACHE_HOME": "relative"}, "/home/me/.cache/model-gatekeeper/passed"),
-        ("darwin", {"XDG_CACHE_HOME": "/var/cache/me"}, "/home/me/Library/Caches/model-gatekeeper/passed"),
+        ("linux", {"XDG_CACHE_HOME": "relative"}, "/users/me/.cache/model-gatekeeper/passed"),
+        ("darwin", {"XDG_CACHE_HOME": "/var/cache/me"}, "/users/me/Library/Caches/model-gatekeeper/passed"),
         ("win32", {"LOCALAPPDATA": "/users/me/local"}, "/users/me/local/model-gatekeeper/passed"),
         ("win32", {}, None),
         ("linux", {passed.VARIABLE: "/elsewhere"}, "/elsewhere/passed"),
@@ -317,7 +317,7 @@ def test_where_digests_are_kept(
     monkeypatch.setattr(sys, "platform", platform)
     for name in (passed.VARIABLE, "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"HOME": "/home/me", **environment}.items():
+    for name, value in {"HOME": "/users/me", **environment}.items():
         monkeypatch.setenv(name, value)
     found = passed._digest_file()
     assert (found and found.as_posix()) == expected
