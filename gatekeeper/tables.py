@@ -60,6 +60,16 @@ class RowResult:
     def passed(self) -> bool:
         return not (self.mismatches or self.error)
 
+    @property
+    def lines(self) -> Iterator[str]:
+        """What is wrong, and the decision's own reason, which says what it rests on."""
+        if self.error:
+            yield self.error
+        yield from map(str, self.mismatches)
+        keys = {mismatch.key for mismatch in self.mismatches}
+        if self.decision is not None and self.decision.reason and keys and "reason" not in keys:
+            yield f"{self.decision.state} by {self.decision.decided_by}: {self.decision.reason}"
+
 
 def find_tables(paths: list[Path]) -> list[Path]:
     """Return the tables in files and folders; raises `FactError` for a path that has none."""
