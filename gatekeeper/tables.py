@@ -121,7 +121,8 @@ def run_row(rules: RuleSet, row: Row) -> RowResult:
         if row.rules is not None:
             rules = _named_rules(row.rules)
         if row.feature not in rules.features:
-            raise FactError(f"unknown feature `{row.feature}`{nearest(row.feature, rules.features)}")
+            hint = nearest(row.feature, rules.features) or f"; there are {', '.join(rules.features)}"
+            raise FactError(f"unknown feature `{row.feature}`{hint}")
         decision = decide(rules, row_facts(rules, row), [row.feature])[row.feature]
     except GatekeeperError as error:
         return RowResult(row=row, decision=None, mismatches=(), error=str(error))
@@ -167,7 +168,8 @@ def _preset(presets: Mapping[str, Mapping[str, Any]], kind: str, name: str | Non
     if name is None:
         return {}
     if name not in presets:
-        raise FactError(f"unknown {kind} `{name}`{nearest(name, presets)}")
+        hint = nearest(name, presets) or f"; the presets are {', '.join(sorted(presets))}"
+        raise FactError(f"unknown {kind} `{name}`{hint}")
     if kind == "platform":
         # What a preset does not say of a platform it does not have.
         absent = {n: None for n, spec in rules.catalogue.items() if spec.group == kind and not spec.only_derived}
