@@ -364,6 +364,20 @@ def test_facts_of_a_target_have_witnesses() -> None:
     assert "unknown: " in text
 
 
+def test_layers_that_agree_are_explained_once(tmp_path: Path) -> None:
+    rules = write(
+        tmp_path / "rules",
+        {
+            "ruleset.yaml": "{name: own, version: 1, language: 1, extends: shipped}",
+            "features/own.yaml": "feature: own\nsummary: Our own.\nrequires: [{id: plain, protects: speed, "
+            "that: {any_layer: {that: {layer.routed_storage.format: nvfp4}}}, reason: No layer is so.}]",
+        },
+    )
+    text = gatekeeper("explain", "own", KIMI, "--rules", rules).stdout
+    assert text.count("layer.routed_storage.format is int4_g32, expected nvfp4") == 1
+    assert "which --full shows" not in text
+
+
 def test_the_catalogue_says_what_a_rule_may_compare_with() -> None:
     lines = {line.split()[0]: line for line in gatekeeper("facts").stdout.splitlines()}
     assert lines["model.runner"].endswith(" One of target, draft.")
