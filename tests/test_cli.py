@@ -364,6 +364,29 @@ def test_facts_of_a_target_have_witnesses() -> None:
     assert "unknown: " in text
 
 
+def test_layers_that_agree_are_explained_once(tmp_path: Path) -> None:
+    rules = write(
+        tmp_path / "rules",
+        {
+            "ruleset.yaml": "{name: own, version: 1, language: 1, extends: shipped}",
+            "features/own.yaml": "feature: own\nsummary: Our own.\nrequires: [{id: plain, protects: speed, "
+            "that: {any_layer: {that: {layer.routed_storage.format: nvfp4}}}, reason: No layer is so.}]",
+        },
+    )
+    text = gatekeeper("explain", "own", KIMI, "--rules", rules).stdout
+    assert text.count("layer.routed_storage.format is int4_g32, expected nvfp4") == 1
+    assert "which --full shows" not in text
+
+
+def test_the_catalogue_says_what_a_rule_may_compare_with() -> None:
+    lines = {line.split()[0]: line for line in gatekeeper("facts").stdout.splitlines()}
+    assert lines["model.runner"].endswith(" One of target, draft.")
+    assert " One of bailing_moe, " in lines["model.family"]
+    assert " Seen so far: none, deepep, " in lines["server.moe_a2a_backend"]
+    assert lines["server.moe_a2a_backend"].endswith(" Default: none.")
+    assert lines["moe.shard_width"].endswith(" Derived: model.moe_intermediate_size / parallel.moe_tp_size.")
+
+
 TABLE = "table: fused\nrows:\n  - {name: four are enough, facts: {model.n: 4}, expect: {state: on}}\n"
 
 
@@ -377,6 +400,21 @@ def test_tables_are_run(small: str, tmp_path: Path) -> None:
     assert "four are enough\n    state: expected off, got on\n0 passed, 1 failed" in failed.stdout
     (row,) = json.loads(gatekeeper("test", folder, "--rules", small, "--json").stdout)
     assert (row["passed"], row["mismatches"]) == (False, [{"key": "state", "expected": "off", "actual": "on"}])
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        ("model.n: 3", "off by enough: There are 3, not 4."),
+        ("", "pending by enough: Depends on `model.n`, not known yet (stage config). There are unknown, not 4."),
+    ],
+)
+def test_a_row_that_fails_says_why_it_was_decided_so(facts: str, why: str, small: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "tables", {"x.table.yaml": TABLE.replace("model.n: 4", facts)})
+    assert (
+        f"    state: expected on, got {why.split()[0]}\n    {why}\n"
+        in gatekeeper("test", folder, "--rules", small).stdout
+    )
 
 
 @pytest.mark.parametrize("text", ["table: fused\nrows: []\n", "table: [", "", None])

@@ -198,14 +198,16 @@ def _outcome(one: Explanation, outcome: Outcome, level: Level) -> Iterator[str]:
     if outcome.reason and outcome.reason not in one.decision.reason:
         yield f"        {outcome.reason}"
     found = [check for check in outcome.checks if check.truth is not True]
-    checks = outcome.checks if level == "full" or not found else found[:_MAX_CHECKS]
-    for check in checks:
-        yield f"        {_check(check, outcome)}"
-        source = _source(one, check)
+    checks = outcome.checks if level == "full" or not found else found
+    # Layers that agree say the same; once is enough.
+    told = list(dict.fromkeys((_check(check, outcome), _source(one, check)) for check in checks))
+    first = told if level == "full" or not found else told[:_MAX_CHECKS]
+    for text, source in first:
+        yield f"        {text}"
         if source:
             yield click.style(f"          from {source}", dim=True)
-    if level != "full" and len(found) > _MAX_CHECKS:
-        yield f"        and {len(found) - _MAX_CHECKS} more, which --full shows"
+    if len(first) < len(told):
+        yield f"        and {len(told) - len(first)} more, which --full shows"
     if level == "full" and one.refs(outcome):
         yield click.style(f"        see {', '.join(one.refs(outcome))}", dim=True)
 
