@@ -106,8 +106,8 @@ def scan_file(path: Path, shown_as: str | None = None) -> tuple[Document, list[F
     """Parse one file as far as it goes, and say what is wrong with it; see `scan_yaml`."""
     file = shown_as or str(path)
 
-    def unread(code: str, message: str, line: int = 0) -> tuple[Document, list[Fault]]:
-        return Document(file, None, {}), [Fault(code, message, Where(file, line))]
+    def unread(code: str, message: str) -> tuple[Document, list[Fault]]:
+        return Document(file, None, {}), [Fault(code, message, Where(file))]
 
     try:
         if not path.is_file():
@@ -122,8 +122,11 @@ def scan_file(path: Path, shown_as: str | None = None) -> tuple[Document, list[F
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        return unread("not-utf8", "expected UTF-8 text; save the file as UTF-8", line)
+        above, _, before = raw[: error.start].rpartition(b"\n")
+        line = above.count(b"\n") + 1 + (b"\n" in raw[: error.start])
+        text = raw.decode(errors="backslashreplace")
+        where = Where(file, line, len(before.decode()) + 1, text.splitlines())
+        return Document(file, None, {}), [Fault("not-utf8", "expected UTF-8 text; save the file as UTF-8", where)]
     return scan_yaml(text, file)
 
 

@@ -11,6 +11,7 @@ import click
 from gatekeeper.catalogue import FAMILY_FACT, FEATURE_GROUP, FactSpec
 from gatekeeper.cli.options import facts_of_targets, json_option, print_json, rules_of, target_options
 from gatekeeper.decision import ranges
+from gatekeeper.errors import one_line
 from gatekeeper.facts import Facts, Runner
 from gatekeeper.rules import RuleSet
 from gatekeeper.values import ABSENT, UNKNOWN, Missing, Reading, plain, shown
@@ -45,7 +46,7 @@ def command(
         print_json([_facts_json(target, facts) for facts in found])
         return
     for facts in found:
-        click.echo(click.style(f"{target} ({facts.runner})", bold=True))
+        click.echo(click.style(one_line(f"{target} ({facts.runner})"), bold=True))
         for line in fact_lines(facts):
             click.echo(f"  {line}")
 
@@ -96,7 +97,7 @@ def _layer_lines(facts: Facts) -> Iterator[str]:
 
 
 def _from(reading: Reading) -> str:
-    told = [text for text in (reading.witness, reading.note) if text]
+    told = [one_line(text) for text in (reading.witness, reading.note) if text]
     return click.style(f"  [{'; '.join(told)}]", dim=True) if told else ""
 
 
