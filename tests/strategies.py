@@ -23,7 +23,7 @@ class VersionText(str):
     __slots__ = ()
 
 
-class Writer(yaml.SafeDumper):
+class Writer(yaml.CSafeDumper):
     """Block YAML without anchors, which our reader refuses."""
 
     def ignore_aliases(self, data: Any) -> bool:
