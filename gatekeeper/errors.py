@@ -9,6 +9,13 @@ from typing import Literal, TypeAlias
 Severity: TypeAlias = Literal["error", "warning"]
 
 
+def printable(text: str) -> str:
+    """The text with line breaks, terminal controls and lone surrogates escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @dataclass(frozen=True, slots=True)
 class Where:
     """A place in a file; lines and columns count from 1, 0 means the whole file."""
@@ -41,9 +48,8 @@ class Fault:
     """`warning`: a lint, which stops nothing unless `check --strict` asks for it."""
 
     def __post_init__(self) -> None:
-        if not self.message.isprintable():  # a message is one line, whatever an author wrote between the backticks
-            shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in self.message)
-            object.__setattr__(self, "message", "".join(shown))
+        # A message is one line, whatever an author wrote between the backticks.
+        object.__setattr__(self, "message", printable(self.message))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.code}: {self.message}"
@@ -65,9 +71,19 @@ class RuleError(GatekeeperError):
 class FactError(GatekeeperError):
     """A fact that can't be believed: unknown name, value of the wrong type, or sources that contradict each other."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(map(printable, message.split("\n"))))
+
 
 class CheckpointError(GatekeeperError):
-    """A checkpoint folder that can't be read: missing, torn, hostile or contradictory."""
+    """A checkpoint folder that can't be read: missing, torn, hostile or contradictory.
+
+    `faults` has everything that was found, one line each; the message shows the first of them.
+    """
+
+    def __init__(self, message: str, faults: Sequence[str] = ()) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(map(printable, message.split("\n"))))
 
 
 class RefusedError(GatekeeperError):
