@@ -11,12 +11,14 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from gatekeeper.errors import CheckpointError, printable
-from gatekeeper.files import Unreadable, inside, open_regular, read_whole
+from gatekeeper.files import Unreadable, inside, open_regular, read_whole, require_unicode
 
 MAX_HEADER_BYTES = 100_000_000
 """What the safetensors library itself accepts (``MAX_HEADER_SIZE`` in its ``tensor.rs``)."""
@@ -189,18 +191,18 @@ def _strict_json(raw: bytes) -> Any:
     """JSON without duplicate keys and without NaN; every way of being broken is `Unreadable`."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise Unreadable(f"{_quoted(key)} is there twice")
-            found[key] = value
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for (key, _), (other, _) in pairwise(sorted(pairs, key=itemgetter(0))) if key == other)
+            raise Unreadable(f"{_quoted(twice)} is there twice")
         return found
 
     def no_constants(word: str) -> Any:
         raise Unreadable(f"is not JSON: {word}")
 
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constants)
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constants)
+        require_unicode(raw, document)
     except Unreadable:
         raise
     except UnicodeDecodeError:
@@ -209,6 +211,7 @@ def _strict_json(raw: bytes) -> Any:
         raise Unreadable("is not JSON that can be read: nested too deep") from None
     except ValueError as error:  # JSONDecodeError, and int() refusing thousands of digits
         raise Unreadable(f"is not JSON: {error}") from None
+    return document
 
 
 def _read_weight_map(folder: Path, name: str, shards_here: list[str]) -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 class Unreadable(ValueError):
@@ -61,7 +62,17 @@ def open_regular(path: Path) -> BinaryIO:
 def read_whole(path: Path, most: int) -> bytes:
     """All of a file of at most `most` bytes; raises `Unreadable`."""
     with open_regular(path) as file:
-        raw = file.read(most + 1)
+        # Not `most` alone: Python takes memory for all that it is told to read.
+        raw = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
     if len(raw) > most:
         raise Unreadable(f"is longer than {most} bytes")
     return raw
+
+
+def require_unicode(raw: bytes, document: Any) -> None:
+    r"""Raise `Unreadable` where the JSON `raw` has half a character, `"\ud800"`: no name can be written so again."""
+    if b"\\ud" in raw or b"\\uD" in raw:
+        try:
+            json.dumps(document, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise Unreadable("is no Unicode text: a lone surrogate is no character") from None

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from math import comb
 from typing import Literal, TypeAlias
 
 from gatekeeper.errors import FactError
@@ -27,6 +28,8 @@ MAX_PATTERN = 500
 MAX_REPEATS = 4
 """Unbounded repeats of one pattern: matching a name of n characters costs up to n to that power."""
 MAX_OPTIONAL = 8
+MAX_STEPS = 5_000_000
+"""Of matching all `re:` patterns of one list with one name of a hundred characters, at the worst."""
 
 _WILD = re.compile(r"[*?\[]")
 _BEGINNING = re.compile(rf"[^*?\[]{{1,{MAX_PATTERN - 1}}}\*")
@@ -225,7 +228,12 @@ def _glob_regex(pattern: str) -> re.Pattern[str]:
 
 def _any_regex(patterns: Sequence[str]) -> Test:
     """Whether one of the `re:` patterns matches the beginning of a text."""
-    matches = [_safe_regex(p.removeprefix("re:")).match for p in patterns if p.startswith("re:")]
+    texts = [p.removeprefix("re:") for p in patterns if p.startswith("re:")]
+    if sum(comb(100 + sum(map(text.count, "*+{")), 100) for text in texts if len(text) <= MAX_PATTERN) > MAX_STEPS:
+        worst = max(texts, key=lambda text: sum(map(text.count, "*+{")))
+        _safe_regex(worst)  # has a better word for it, where it is bad by itself
+        raise FactError(f"{len(texts)} patterns such as `re:{worst}` could take for ever together; write simpler ones")
+    matches = [_safe_regex(text).match for text in texts]
 
     def test(text: str) -> bool:
         # Plain loops, here and in `matcher`: a checkpoint asks for thousands of names.

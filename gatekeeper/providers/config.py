@@ -11,7 +11,7 @@ from typing import Any
 from gatekeeper.catalogue import Catalogue, FactSpec
 from gatekeeper.errors import CheckpointError, FactError, printable
 from gatekeeper.families import Family, select_family
-from gatekeeper.files import Unreadable, inside, read_whole
+from gatekeeper.files import Unreadable, inside, read_whole, require_unicode
 from gatekeeper.values import ABSENT, UNKNOWN, Reading, Readings, Values
 
 MAX_CONFIG_BYTES = 5_000_000
@@ -74,6 +74,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         # NaN and Infinity are accepted: transformers writes them (`time_step_limit` of Mamba layers).
         document = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_without_duplicates, parse_int=_integer)
+        require_unicode(raw, document)
     except UnicodeDecodeError:
         raise CheckpointError(f"`{path}` is not UTF-8 text; download it again") from None
     except RecursionError:

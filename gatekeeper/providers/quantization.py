@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from time import thread_time
 from typing import Any
 
 from gatekeeper.catalogue import Catalogue
@@ -19,6 +20,11 @@ from gatekeeper.names import Excluded, Test, canonical_method, excluded, matcher
 from gatekeeper.providers.config import ConfigFile, look_up, settled, typed
 from gatekeeper.providers.schemes import DTYPE_FORMATS, SCHEMES, Kind, Scheme, SchemeOf
 from gatekeeper.values import ABSENT, UNKNOWN, Reading, Readings, Values
+
+MAX_NAMED = 200_000
+"""Experts of all layers, where a list could tell each from the other; the largest models have a third of that."""
+MAX_MATCHING_SECONDS = 5.0
+"""Of this thread's time, for one checkpoint's exclude list; the longest published ones take a hundredth."""
 
 IGNORE_KEYS = ("ignore", "exclude", "exclude_modules", "modules_to_not_convert", "ignored_layers")
 
@@ -142,7 +148,7 @@ class LayerReader:
         """Whether the exclude list covers one module."""
         if self.found is not None:
             # Its names are asked for several times each.
-            self.ignored = cache(matcher(self.found.writer, self.found.ignore))
+            self.ignored = cache(_in_time(matcher(self.found.writer, self.found.ignore), self.found))
         self.scheme_of: SchemeOf = lambda name, kind: None
         if self.found is not None:
             make = SCHEMES.get(canonical_method(self.found.method))
@@ -252,10 +258,36 @@ class LayerReader:
             raise FactError(f"`model.n_routed_experts` is {count}, more than {MAX_EXPERTS}; correct config.json")
         texts = _texts(self.found.raw) if self.found is not None else []
         if any(map(_may_name_an_expert, texts)):
+            layers = self.values.get("model.num_hidden_layers", UNKNOWN)
+            if isinstance(layers, int) and layers * count > MAX_NAMED:
+                raise FactError(
+                    f"{count} experts in {layers} layers are more than the {MAX_NAMED} that can be looked up one by "
+                    f"one in the exclude list; correct {self.config.name}"
+                )
             return tuple(range(count))
         if any(map(_may_count_digits, texts)):
             return tuple(sorted({0, 1, 10, 100, 1000, count - 1} & set(range(count))))
         return (0,)
+
+
+def _in_time(test: Test, found: Quantization) -> Test:
+    """The same test, which gives up where patterns that look harmless turn out not to be; raises `FactError`."""
+    if not any(entry.startswith("re:") for entry in found.ignore):
+        return test
+    spent = 0.0
+
+    def timed(module: str) -> bool:
+        nonlocal spent
+        began = thread_time()
+        answer = test(module)
+        spent += thread_time() - began
+        if spent > MAX_MATCHING_SECONDS:
+            raise FactError(
+                f"matching took more than {MAX_MATCHING_SECONDS:.0f} s (from {found.ignore_witness}); shorten it"
+            )
+        return answer
+
+    return timed
 
 
 def _texts(raw: Any) -> list[str]:
