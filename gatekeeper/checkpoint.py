@@ -201,7 +201,9 @@ def _strict_json(raw: bytes) -> Any:
         raise Unreadable(f"is not JSON: {word}")
 
     try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constants)
+        document = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constants, parse_int=_integer
+        )
         require_unicode(raw, document)
     except Unreadable:
         raise
@@ -212,6 +214,12 @@ def _strict_json(raw: bytes) -> Any:
     except ValueError as error:  # JSONDecodeError, and int() refusing thousands of digits
         raise Unreadable(f"is not JSON: {error}") from None
     return document
+
+
+def _integer(text: str) -> int:
+    if text == "-0":  # a float to every parser that knows unsigned integers, the safetensors library's too
+        raise Unreadable("holds the number -0")
+    return int(text)
 
 
 def _read_weight_map(folder: Path, name: str, shards_here: list[str]) -> dict[str, str]:
@@ -313,6 +321,8 @@ def _tensor(name: str, entry: object, shard: str, data_start: int) -> TensorInfo
     total_bits = bits
     for size in shape:
         total_bits *= size
+        if total_bits >= 2**64:
+            raise Unreadable(f"has shape {shape}: its size is beyond 64 bits")
     if total_bits % 8 or total_bits // 8 != end - begin:
         raise Unreadable(f"has {end - begin} bytes, but {dtype} of shape {shape} needs {-(-total_bits // 8)}")
     return TensorInfo(

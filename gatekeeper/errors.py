@@ -82,7 +82,7 @@ class CheckpointError(GatekeeperError):
     """
 
     def __init__(self, message: str, faults: Sequence[str] = ()) -> None:
-        self.faults = tuple(faults)
+        self.faults = tuple(map(printable, faults))
         super().__init__("\n".join(map(printable, message.split("\n"))))
 
 

@@ -247,7 +247,7 @@ def shape_negative(folder: Path) -> None:
 
 @harm
 def shape_overflowing(folder: Path) -> None:
-    """needs"""
+    """beyond 64 bits"""
     edit(folder, shape=[2**33, 2**33, 2**33])
 
 
