@@ -146,7 +146,9 @@ def _read_shards(
                 place = f"names {_cut(weight_map[name])} for it" if name in weight_map else "does not name it"
                 faults.append(f"{shard}: tensor {_quoted(name)} is here but the index {place}")
         tensors |= found
-    if weight_map is not None:
+    if weight_map is None:
+        faults += _gaps(shards)
+    else:
         faults += [
             f"{shard}: belongs to the same set of shards as the index's, but the index does not name it"
             for shard in _stray_shards(shards_here, shards)
@@ -158,6 +160,23 @@ def _stray_shards(here: list[str], indexed: list[str]) -> list[str]:
     """Shards of the index's ``-NNNNN-of-NNNNN`` series that it forgot; ``consolidated…`` and the like are not of it."""
     series = {m[1:] for m in map(_series, indexed) if m}
     return [shard for shard in here if shard not in indexed and (m := _series(shard)) and m[1:] in series]
+
+
+def _gaps(here: list[str]) -> list[str]:
+    """What is missing of each ``-NNNNN-of-NNNNN`` series, where no index says it."""
+    found: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for number, *series in filter(None, map(_series, here)):
+        found[series[0], series[1]].append(int(number))
+    faults = []
+    for (before, after), numbers in found.items():
+        count = int(after.split("-")[2].removesuffix(".safetensors"))
+        if len(numbers) < count:
+            first = min(set(range(1, len(numbers) + 2)) - set(numbers))
+            faults.append(
+                f"{before}{first:05d}{after}: the shard is missing ({count - len(numbers)} of {count} are, and the "
+                "index); download the folder again"
+            )
+    return faults
 
 
 def _series(shard: str) -> tuple[str, str, str] | None:

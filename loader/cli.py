@@ -226,8 +226,11 @@ def main() -> None:
     """Run the command line; an error of ours is a message on stderr and exit code 1, never a traceback."""
     try:
         group(prog_name="moe-loader")
-    except (GatekeeperError, OSError) as error:  # OSError: a full disk, a folder that may not be read
+    except GatekeeperError as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(BAD_NEWS)
+    except OSError as error:  # a full disk, a folder that may not be read
+        click.echo(f"error: `{error.filename}`: {error.strerror or error}", err=True)
         sys.exit(BAD_NEWS)
 
 
