@@ -263,6 +263,8 @@ def _safe_regex(text: str) -> re.Pattern[str]:
 
 def _costly(text: str) -> str:
     """Say what makes a pattern's cost explode: a repeat of something that repeats or chooses, or many repeats."""
+    if re.search(r"\(\?[a-zA-Z-]*x|\(\?#", text):  # `(a+) +` repeats a repeat where blanks don't count
+        return "blanks or comments that don't count"
     plain = re.sub(r"\\.", "x", text, flags=re.DOTALL)
     plain = re.sub(r"\[\^?\]?[^\]]*\]", "x", plain)
     plain = re.sub(r"\(\?(?:[:=!]|<[=!]|P<\w+>|[a-z]+\)?)", "(", plain)

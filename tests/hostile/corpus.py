@@ -478,6 +478,12 @@ def pattern_catastrophic(folder: Path) -> None:
 
 
 @harm
+def pattern_catastrophic_in_disguise(folder: Path) -> None:
+    """could take for ever"""
+    ignoring(folder, "re:(?x)(.+) +Z")
+
+
+@harm
 def pattern_of_many_repeats(folder: Path) -> None:
     """could take for ever"""
     ignoring(folder, "re:" + ".*e" * 30)
