@@ -28,6 +28,8 @@ MAX_PATTERN = 500
 MAX_REPEATS = 4
 """Unbounded repeats of one pattern: matching a name of n characters costs up to n to that power."""
 MAX_OPTIONAL = 8
+MAX_WILD = 2_000
+"""Patterns with wildcards in one list; published ones have up to some hundreds."""
 MAX_STEPS = 5_000_000
 """Of matching all `re:` patterns of one list with one name of a hundred characters, at the worst."""
 
@@ -74,6 +76,9 @@ def matcher(method: str, patterns: tuple[str, ...]) -> Test:
     """Compile a list for many questions; see `covers`."""
     if not patterns:
         return lambda name: False
+    wild = sum(p.startswith("re:") or _WILD.search(p) is not None for p in patterns)
+    if wild > MAX_WILD:
+        raise FactError(f"{wild} patterns with wildcards in one list are more than {MAX_WILD}; name the modules")
     rule = METHODS.get(canonical_method(method), _segments)(patterns)
 
     def one(name: str) -> bool:

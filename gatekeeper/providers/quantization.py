@@ -6,11 +6,11 @@ A scheme that isn't understood here leaves the storage unknown, with a note; it 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from time import thread_time
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from gatekeeper.catalogue import Catalogue
 from gatekeeper.errors import FactError
@@ -23,8 +23,11 @@ from gatekeeper.values import ABSENT, UNKNOWN, Reading, Readings, Values
 
 MAX_NAMED = 200_000
 """Experts of all layers, where a list could tell each from the other; the largest models have a third of that."""
-MAX_MATCHING_SECONDS = 5.0
-"""Of this thread's time, for one checkpoint's exclude list; the longest published ones take a hundredth."""
+MAX_MATCHING_SECONDS = 2.0
+"""Of this thread's time, for one checkpoint's exclude list or schemes; the longest published ones take a tenth."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 IGNORE_KEYS = ("ignore", "exclude", "exclude_modules", "modules_to_not_convert", "ignored_layers")
 
@@ -148,7 +151,7 @@ class LayerReader:
         """Whether the exclude list covers one module."""
         if self.found is not None:
             # Its names are asked for several times each.
-            self.ignored = cache(_in_time(matcher(self.found.writer, self.found.ignore), self.found))
+            self.ignored = cache(_in_time(matcher(self.found.writer, self.found.ignore), self.found.ignore_witness))
         self.scheme_of: SchemeOf = lambda name, kind: None
         if self.found is not None:
             make = SCHEMES.get(canonical_method(self.found.method))
@@ -156,7 +159,7 @@ class LayerReader:
                 note = f"storage of quantization method `{self.found.method}` is not known here"
                 self.scheme_of = lambda name, kind: Scheme(None, note=note)
             else:
-                self.scheme_of = make(self)
+                self.scheme_of = _in_time(make(self), self.found.where)
         self.experts = self._representatives()
 
     def layer(self, role: str, index: int, draft: int) -> dict[str, Reading]:
@@ -270,22 +273,20 @@ class LayerReader:
         return (0,)
 
 
-def _in_time(test: Test, found: Quantization) -> Test:
-    """The same test, which gives up where patterns that look harmless turn out not to be; raises `FactError`."""
-    if not any(entry.startswith("re:") for entry in found.ignore):
-        return test
+def _in_time(look_up: Callable[P, T], where: str) -> Callable[P, T]:
+    """The same, but giving up where patterns that look harmless turn out not to be; raises `FactError`."""
     spent = 0.0
 
-    def timed(module: str) -> bool:
+    def timed(*args: P.args, **kwargs: P.kwargs) -> T:
         nonlocal spent
         began = thread_time()
-        answer = test(module)
+        found = look_up(*args, **kwargs)
         spent += thread_time() - began
         if spent > MAX_MATCHING_SECONDS:
             raise FactError(
-                f"matching took more than {MAX_MATCHING_SECONDS:.0f} s (from {found.ignore_witness}); shorten it"
+                f"matching names took more than {MAX_MATCHING_SECONDS:.0f} s (from {where}); shorten the list"
             )
-        return answer
+        return found
 
     return timed
 

@@ -497,8 +497,22 @@ def pattern_very_long(folder: Path) -> None:
 
 @harm
 def patterns_by_the_thousand(folder: Path) -> None:
-    """could take for ever"""
+    """patterns with wildcards in one list"""
     ignoring(folder, *(f"re:.*e.*e.*e.*{n}$" for n in range(20_000)))
+
+
+@harm
+def patterns_of_stars_by_the_thousand(folder: Path) -> None:
+    """patterns with wildcards in one list"""
+    stars = [f"*.{number}?x" for number in range(100_000)]
+    config(folder, quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": stars})
+
+
+@harm
+def schemes_by_the_thousand(folder: Path) -> None:
+    """names took more than"""
+    schemes = {f"*{number}*x": {"weight": {}} for number in range(100_000)}
+    config(folder, quantization_config={"quant_method": "quark", "layer_quant_config": schemes})
 
 
 @harm

@@ -61,6 +61,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.opened: list[str] | None = None
+        "".encode("unicode_escape")  # Python opens files of its own when it first needs a codec
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
