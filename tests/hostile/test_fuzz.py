@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import safetensors
 from hypothesis import given, note, settings
+from hypothesis import strategies as st
 
 from gatekeeper import CheckpointError, FactError
 from gatekeeper.checkpoint import TensorInfo, read_header, read_index
@@ -19,8 +21,6 @@ from gatekeeper.files import Unreadable
 from tests.hostile import corpus, fuzz
 from tests.shipped import read
 from tests.tiny import write_shards
-
-MANY, SOME = 100_000, 300
 
 STRICTER = (
     "is there twice",  # the library takes the last of two entries in silence
@@ -118,46 +118,33 @@ def configs_are_read_or_refused(path: Path, raw: bytes) -> None:
     assert message.isprintable()
 
 
-@settings(max_examples=SOME)
-@given(raw=fuzz.shards())
-def test_headers(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
-    headers_are_read_as_the_library_reads_them(tmp_path_factory.getbasetemp() / "some.safetensors", raw)
+SEEDS = st.integers(0, 2**64 - 1)
+Check = Callable[[int], None]
+
+
+@pytest.fixture
+def checks(folder: Path, watch: Watch) -> Mapping[str, Check]:
+    """What is made of a number, read, and compared with what must be."""
+    out = folder.parent
+
+    def header(seed: int) -> None:
+        headers_are_read_as_the_library_reads_them(out / "one.safetensors", fuzz.shards(Random(seed)))
+
+    def index(seed: int) -> None:
+        indexes_stay_in_the_folder(folder, watch, fuzz.indexes(Random(seed), str(out / "out.safetensors")))
+
+    def config(seed: int) -> None:
+        configs_are_read_or_refused(out / "config.json", fuzz.configs(Random(seed)))
+
+    return {"header": header, "index": index, "config": config}
+
+
+@pytest.mark.parametrize("kind", ["header", "index", "config"])
+def test_some(checks: Mapping[str, Check], kind: str) -> None:
+    settings(max_examples=300)(given(seed=SEEDS)(checks[kind]))()
 
 
 @pytest.mark.fuzz
-@settings(max_examples=MANY)
-@given(raw=fuzz.shards())
-def test_many_headers(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
-    headers_are_read_as_the_library_reads_them(tmp_path_factory.getbasetemp() / "many.safetensors", raw)
-
-
-def test_indexes(folder: Path, watch: Watch) -> None:
-    @settings(max_examples=SOME)
-    @given(raw=fuzz.indexes(str(folder.parent / "out.safetensors")))
-    def check(raw: bytes) -> None:
-        indexes_stay_in_the_folder(folder, watch, raw)
-
-    check()
-
-
-@pytest.mark.fuzz
-def test_many_indexes(folder: Path, watch: Watch) -> None:
-    @settings(max_examples=MANY)
-    @given(raw=fuzz.indexes(str(folder.parent / "out.safetensors")))
-    def check(raw: bytes) -> None:
-        indexes_stay_in_the_folder(folder, watch, raw)
-
-    check()
-
-
-@settings(max_examples=SOME // 3)
-@given(raw=fuzz.configs())
-def test_configs(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
-    configs_are_read_or_refused(tmp_path_factory.getbasetemp() / "config.json", raw)
-
-
-@pytest.mark.fuzz
-@settings(max_examples=MANY // 10)
-@given(raw=fuzz.configs())
-def test_many_configs(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
-    configs_are_read_or_refused(tmp_path_factory.getbasetemp() / "config.json", raw)
+@pytest.mark.parametrize(("kind", "cases"), [("header", 100_000), ("index", 100_000), ("config", 10_000)])
+def test_many(checks: Mapping[str, Check], kind: str, cases: int) -> None:
+    settings(max_examples=cases)(given(seed=SEEDS)(checks[kind]))()
