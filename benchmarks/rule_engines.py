@@ -1,7 +1,7 @@
 """How fast a gate is decided: beside a handwritten function and other rule engines, which must all agree; and scaling.
 
 `python benchmarks/rule_engines.py [--facts 20000] [--rounds 15] [--no-peers] [--out figures.json]`. Exits with 1, and
-shows the facts, where two disagree. Times are the processor's, so that other programs count little, and what is compared
+shows the facts, where two disagree. Times are the processor's, so that other programs count little; what is compared
 are ratios, taken in each round.
 """
 

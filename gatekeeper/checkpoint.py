@@ -1,27 +1,38 @@
 """Headers and index of a folder of safetensors, read as plain JSON: no torch, no tensor data, never a pickle.
 
-Everything that is wrong is found in one run; nothing is allocated from a length that the file merely claims.
+Everything that is wrong is found in one run; nothing is allocated from a length that the file merely claims, and what
+is read is in proportion to the tensors behind it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import stat
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from itertools import pairwise
+from operator import itemgetter
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from gatekeeper.errors import CheckpointError
+from gatekeeper.errors import CheckpointError, one_line
+from gatekeeper.files import Unreadable, inside, open_regular, read_whole, require_unicode
 
 MAX_HEADER_BYTES = 100_000_000
 """What the safetensors library itself accepts (``MAX_HEADER_SIZE`` in its ``tensor.rs``)."""
+DATA_PER_HEADER_BYTE = 64
+"""Bytes of tensors that stand, at the least, behind a byte of a large header; real ones have 10 000 and more."""
 MAX_INDEX_BYTES = 500_000_000
 """An index has about 100 bytes a tensor; the largest published ones are a few tens of megabytes."""
+INDEX_PER_HEADER_BYTE = 4
+"""Bytes of a large index, at the most, for a byte of the headers that it names: both list the same tensors."""
+SMALL_BYTES = 4 << 20
+"""Headers and indexes of up to this are read whatever stands behind them: about 25 000 tensors."""
 MAX_DIMENSIONS = 32
+MAX_SHOWN = 20
+"""Faults that an error shows; it holds them all."""
 
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
@@ -66,10 +77,6 @@ class Index:
     tensors: Mapping[str, TensorInfo]
 
 
-class _Bad(ValueError):
-    """A fault in one file; the message names what was expected."""
-
-
 def read_index(folder: Path) -> Index | None:
     """Read the headers of all safetensors of `folder`, checked against its index where it has one.
 
@@ -98,11 +105,9 @@ def read_index(folder: Path) -> Index | None:
         faults.append(f"{_some([p.name for p in indexes])}: several indexes in one folder; keep one")
     elif indexes:
         try:
-            weight_map = _read_weight_map(folder, indexes[0])
-        except _Bad as bad:
-            faults.append(f"{indexes[0].name}: {bad}")
-        except OSError as error:
-            faults.append(f"{indexes[0].name}: can't be read: {error.strerror}")
+            weight_map = _read_weight_map(folder, indexes[0].name, shards_here)
+        except Unreadable as bad:
+            faults += [f"{indexes[0].name}: {problem}" for problem in bad.problems]
     if faults:  # without a trusted index no statement about the shards would be worth anything
         raise _error(folder, faults)
     tensors = _read_shards(folder, shards_here, weight_map, faults)
@@ -122,25 +127,28 @@ def _read_shards(
     for shard in shards:
         expected = names_by_shard[shard]
         try:
-            found = read_header(_inside(folder, shard), shard)
-        except (_Bad, OSError) as error:
-            bad = f"can't be read: {error.strerror}" if isinstance(error, OSError) else error
+            found = read_header(inside(folder, shard, "shard"), shard)
+        except Unreadable as bad:
             named = f" (the index expects {_some(expected)} there)" if expected else ""
-            faults.append(f"{shard}: {bad}{named}")
+            faults += [f"{_cut(shard)}: {problem}{named}" for problem in bad.problems]
             continue
         faults += [
-            f"{shard}: tensor `{name}` is in {tensors[name].shard} too; a tensor belongs to one shard"
+            f"{shard}: tensor {_quoted(name)} is in {tensors[name].shard} too; a tensor belongs to one shard"
             for name in sorted(found.keys() & tensors.keys())
         ]
         if weight_map is not None:
             faults += [
-                f"{shard}: tensor `{n}` is in the index but not here" for n in sorted(expected) if n not in found
+                f"{shard}: tensor {_quoted(name)} is in the index but not here"
+                for name in sorted(expected)
+                if name not in found
             ]
             for name in sorted(found.keys() - set(expected)):
-                place = f"names {weight_map[name]} for it" if name in weight_map else "does not name it"
-                faults.append(f"{shard}: tensor `{name}` is here but the index {place}")
+                place = f"names {_cut(weight_map[name])} for it" if name in weight_map else "does not name it"
+                faults.append(f"{shard}: tensor {_quoted(name)} is here but the index {place}")
         tensors |= found
-    if weight_map is not None:
+    if weight_map is None:
+        faults += _gaps(shards)
+    else:
         faults += [
             f"{shard}: belongs to the same set of shards as the index's, but the index does not name it"
             for shard in _stray_shards(shards_here, shards)
@@ -154,6 +162,23 @@ def _stray_shards(here: list[str], indexed: list[str]) -> list[str]:
     return [shard for shard in here if shard not in indexed and (m := _series(shard)) and m[1:] in series]
 
 
+def _gaps(here: list[str]) -> list[str]:
+    """What is missing of each ``-NNNNN-of-NNNNN`` series, where no index says it."""
+    found: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for number, *series in filter(None, map(_series, here)):
+        found[series[0], series[1]].append(int(number))
+    faults = []
+    for (before, after), numbers in found.items():
+        count = int(after.split("-")[2].removesuffix(".safetensors"))
+        if len(numbers) < count:
+            first = min(set(range(1, len(numbers) + 2)) - set(numbers))
+            faults.append(
+                f"{before}{first:05d}{after}: the shard is missing ({count - len(numbers)} of {count} are, and the "
+                "index); download the folder again"
+            )
+    return faults
+
+
 def _series(shard: str) -> tuple[str, str, str] | None:
     match = re.fullmatch(r"(.*-)(\d+)(-of-\d+\.safetensors)", shard)
     return (match[2], match[1], match[3]) if match else None
@@ -162,114 +187,135 @@ def _series(shard: str) -> tuple[str, str, str] | None:
 def _error(folder: Path, faults: list[str]) -> CheckpointError:
     head = f"`{folder}` can't be read: "
     if len(faults) == 1:
-        return CheckpointError(head + faults[0])
-    return CheckpointError(head + f"{len(faults)} faults\n" + "\n".join(f"  {fault}" for fault in faults))
+        return CheckpointError(head + faults[0], faults)
+    shown = faults[:MAX_SHOWN] + ([f"and {len(faults) - MAX_SHOWN} more"] if len(faults) > MAX_SHOWN else [])
+    return CheckpointError("\n  ".join([f"{head}{len(faults)} faults", *shown]), faults)
 
 
 def _some(names: list[str], shown: int = 3) -> str:
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(f"`{name}`" for name in names[:shown]) + rest
+    return ", ".join(map(_quoted, names[:shown])) + rest
 
 
-def _inside(folder: Path, shard: str) -> Path:
-    """The path of a shard, if it is a file of this folder."""
-    for pure in (PurePosixPath(shard), PureWindowsPath(shard)):
-        if pure.is_absolute() or pure.drive or ".." in pure.parts or not pure.parts:
-            raise _Bad("the path leaves the folder; an index may name files of its own folder only")
-    if "\0" in shard:
-        raise _Bad("the path holds a NUL character")
-    path = folder / shard
-    if not path.exists():
-        raise _Bad("the shard is missing; download it again")
-    real, home = path.resolve(), folder.resolve()
-    # The cache of huggingface_hub keeps files as links `models--X/snapshots/REV/F -> ../../blobs/HASH`.
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    if not real.is_relative_to(home) and not (blobs and real.is_relative_to(blobs)):
-        raise _Bad(f"the path leaves the folder, by a link to `{real}`")
-    if not stat.S_ISREG(real.stat().st_mode):
-        raise _Bad("is not a regular file")
-    return real
+def _quoted(name: str) -> str:
+    return f"`{_cut(name)}`"
+
+
+def _cut(text: str, most: int = 200) -> str:
+    """A stranger's text for one line of a message."""
+    return one_line(text if len(text) <= most else text[: most - 1] + "…")
 
 
 def _strict_json(raw: bytes) -> Any:
-    """JSON without duplicate keys and without NaN; every way of being broken is `_Bad`."""
+    """JSON without duplicate keys and without NaN; every way of being broken is `Unreadable`."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise _Bad(f"`{key}` is there twice")
-            found[key] = value
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for (key, _), (other, _) in pairwise(sorted(pairs, key=itemgetter(0))) if key == other)
+            raise Unreadable(f"{_quoted(twice)} is there twice")
         return found
 
     def no_constants(word: str) -> Any:
-        raise _Bad(f"is not JSON: {word}")
+        raise Unreadable(f"is not JSON: {word}")
 
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constants)
-    except _Bad:
+        document = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constants, parse_int=_integer
+        )
+        require_unicode(raw, document)
+    except Unreadable:
         raise
     except UnicodeDecodeError:
-        raise _Bad("is not JSON: not UTF-8") from None
+        raise Unreadable("is not JSON: not UTF-8") from None
     except RecursionError:
-        raise _Bad("is not JSON that can be read: nested too deep") from None
+        raise Unreadable("is not JSON that can be read: nested too deep") from None
     except ValueError as error:  # JSONDecodeError, and int() refusing thousands of digits
-        raise _Bad(f"is not JSON: {error}") from None
+        raise Unreadable(f"is not JSON: {error}") from None
+    return document
 
 
-def _read_weight_map(folder: Path, index: Path) -> dict[str, str]:
-    path = _inside(folder, index.name)
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        raise _Bad(f"is longer than {MAX_INDEX_BYTES} bytes")
-    document = _strict_json(path.read_bytes())
+def _integer(text: str) -> int:
+    if text == "-0":  # a float to every parser that knows unsigned integers, the safetensors library's too
+        raise Unreadable("holds the number -0")
+    return int(text)
+
+
+def _read_weight_map(folder: Path, name: str, shards_here: list[str]) -> dict[str, str]:
+    path = inside(folder, name)
+    _check_index_size(folder, path.stat().st_size, shards_here)
+    document = _strict_json(read_whole(path, MAX_INDEX_BYTES))
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict):
-        raise _Bad("has no `weight_map`, a mapping of tensor names to shards")
+        raise Unreadable("has no `weight_map`, a mapping of tensor names to shards")
     wrong = [name for name, shard in weight_map.items() if not isinstance(shard, str) or not shard]
     if wrong:
-        raise _Bad(f"`weight_map` names no file for {_some(wrong)}")
+        raise Unreadable(f"`weight_map` names no file for {_some(wrong)}")
     pickled = sorted({s for s in weight_map.values() if not s.endswith(".safetensors")})
     if pickled:
-        raise _Bad(f"`weight_map` names {_some(pickled)}; only *.safetensors are read")
+        raise Unreadable(f"`weight_map` names {_some(pickled)}; only *.safetensors are read")
     return weight_map
 
 
+def _check_index_size(folder: Path, index_bytes: int, shards_here: list[str]) -> None:
+    """Refuse a large index before it is parsed unless the shards here have headers enough for its tensors."""
+    if index_bytes <= SMALL_BYTES:
+        return
+    headers = 0
+    for shard in shards_here:
+        try:
+            with open_regular(inside(folder, shard)) as file:
+                headers += min(int.from_bytes(file.read(8), "little"), file.seek(0, 2))
+        except Unreadable:  # named when its turn comes
+            continue
+    if index_bytes > headers * INDEX_PER_HEADER_BYTE:
+        raise Unreadable(
+            f"has {index_bytes} bytes, far more than the {len(shards_here)} shards here hold tensors (their headers "
+            f"have {headers} bytes together); shards are missing or it is another model's: download the folder again"
+        )
+
+
 def read_header(path: Path, shard: str) -> dict[str, TensorInfo]:
-    """Read one shard's header; raises `ValueError` with what is wrong in it."""
-    with path.open("rb") as file:
+    """Read one shard's header; raises `Unreadable`, a `ValueError`, with all that is wrong in it."""
+    with open_regular(path) as file:
         file_bytes = file.seek(0, 2)
         file.seek(0)
         prefix = file.read(8)
         if len(prefix) < 8:
-            raise _Bad(f"is truncated: {file_bytes} bytes are no safetensors file")
+            raise Unreadable(f"is truncated: {file_bytes} bytes are no safetensors file")
         header_bytes = int.from_bytes(prefix, "little")
         if header_bytes > MAX_HEADER_BYTES:
-            raise _Bad(
+            raise Unreadable(
                 f"header of {header_bytes} bytes is too long, more than {MAX_HEADER_BYTES}; not a safetensors file?"
             )
         if header_bytes > file_bytes - 8:
-            raise _Bad(f"is truncated: header of {header_bytes} bytes in a file of {file_bytes}")
+            raise Unreadable(f"is truncated: header of {header_bytes} bytes in a file of {file_bytes}")
+        if header_bytes > SMALL_BYTES and header_bytes * DATA_PER_HEADER_BYTE > file_bytes:
+            raise Unreadable(
+                f"header of {header_bytes} bytes is too long for a file of {file_bytes}; real tensors have "
+                f"{DATA_PER_HEADER_BYTE} bytes and more for each byte of it"
+            )
         raw = file.read(header_bytes)
     data_start = 8 + header_bytes
     try:
         header = _strict_json(raw)
-    except _Bad as bad:
-        raise _Bad(f"header {bad}") from None
+    except Unreadable as bad:
+        raise Unreadable(f"header {bad}; download the shard again") from None
     if not isinstance(header, dict):
-        raise _Bad("header is not a mapping of tensor names")
+        raise Unreadable("header is not a mapping of tensor names")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _Bad("header's `__metadata__` is not a mapping of strings")
+        raise Unreadable("header's `__metadata__` is not a mapping of strings")
     problems: list[str] = []
     tensors: dict[str, TensorInfo] = {}
     for name, entry in header.items():
         try:
             tensors[name] = _tensor(name, entry, shard, data_start)
-        except _Bad as bad:
-            problems.append(f"tensor `{name}` {bad}")
+        except Unreadable as bad:
+            problems.append(f"tensor {_quoted(name)} {bad}")
     problems += _layout_problems(tensors, data_start, file_bytes, complete=not problems)
     if problems:
-        raise _Bad("; ".join(problems))
+        raise Unreadable(*problems)
     return tensors
 
 
@@ -279,23 +325,25 @@ def _is_count(value: object) -> bool:
 
 def _tensor(name: str, entry: object, shard: str, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _Bad("needs exactly dtype, shape and data_offsets")
+        raise Unreadable("needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
-        raise _Bad(f"has dtype `{dtype}`, which safetensors does not know")
+        raise Unreadable(f"has dtype {_quoted(str(dtype))}, which safetensors does not know")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, shape)):
-        raise _Bad("has a shape that is no short list of sizes")
+        raise Unreadable("has a shape that is no short list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise _Bad("has data_offsets that are no pair of byte positions")
+        raise Unreadable("has data_offsets that are no pair of byte positions")
     begin, end = offsets
     if begin > end:
-        raise _Bad(f"ends at byte {end}, before its begin {begin}")
+        raise Unreadable(f"ends at byte {end}, before its begin {begin}")
     total_bits = bits
     for size in shape:
         total_bits *= size
+        if total_bits >= 2**64:
+            raise Unreadable(f"has shape {shape}: its size is beyond 64 bits")
     if total_bits % 8 or total_bits // 8 != end - begin:
-        raise _Bad(f"has {end - begin} bytes, but {dtype} of shape {shape} needs {-(-total_bits // 8)}")
+        raise Unreadable(f"has {end - begin} bytes, but {dtype} of shape {shape} needs {-(-total_bits // 8)}")
     return TensorInfo(
         name=name, dtype=dtype, shape=tuple(shape), shard=shard, start=data_start + begin, end=data_start + end
     )
@@ -309,15 +357,17 @@ def _layout_problems(
     position, before = data_start, "the header"
     for info in sorted(tensors.values(), key=lambda t: (t.start, t.end, t.name)):
         if info.end > file_bytes:
-            problems.append(f"is truncated: tensor `{info.name}` ends at byte {info.end} of a file of {file_bytes}")
+            problems.append(
+                f"is truncated: tensor {_quoted(info.name)} ends at byte {info.end} of a file of {file_bytes}"
+            )
         if info.start < position:
-            problems.append(f"tensor `{info.name}` overlaps {before}")
+            problems.append(f"tensor {_quoted(info.name)} overlaps {before}")
         elif info.start > position and complete:
             problems.append(
-                f"{info.start - position} bytes between {before} and tensor `{info.name}` belong to nothing"
+                f"{info.start - position} bytes between {before} and tensor {_quoted(info.name)} belong to nothing"
             )
         if info.end >= position:
-            position, before = info.end, f"tensor `{info.name}`"
+            position, before = info.end, f"tensor {_quoted(info.name)}"
     if complete and not problems and position < file_bytes:
         problems.append(f"{file_bytes - position} bytes after {before} belong to nothing")
     return problems

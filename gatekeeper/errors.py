@@ -79,7 +79,14 @@ class FactError(GatekeeperError):
 
 
 class CheckpointError(GatekeeperError):
-    """A checkpoint folder that can't be read: missing, torn, hostile or contradictory."""
+    """A checkpoint folder that can't be read: missing, torn, hostile or contradictory.
+
+    `faults` has everything that was found, one line each; the message shows the first of them.
+    """
+
+    def __init__(self, message: str, faults: Sequence[str] = ()) -> None:
+        self.faults = tuple(map(one_line, faults))
+        super().__init__("\n".join(map(one_line, message.split("\n"))))
 
 
 class RefusedError(GatekeeperError):

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from math import comb
 from typing import Literal, TypeAlias
 
 from gatekeeper.errors import FactError
@@ -27,6 +28,10 @@ MAX_PATTERN = 500
 MAX_REPEATS = 4
 """Unbounded repeats of one pattern: matching a name of n characters costs up to n to that power."""
 MAX_OPTIONAL = 8
+MAX_WILD = 2_000
+"""Patterns with wildcards in one list; published ones have up to some hundreds."""
+MAX_STEPS = 5_000_000
+"""Of matching all `re:` patterns of one list with one name of a hundred characters, at the worst."""
 
 _WILD = re.compile(r"[*?\[]")
 _BEGINNING = re.compile(rf"[^*?\[]{{1,{MAX_PATTERN - 1}}}\*")
@@ -71,6 +76,9 @@ def matcher(method: str, patterns: tuple[str, ...]) -> Test:
     """Compile a list for many questions; see `covers`."""
     if not patterns:
         return lambda name: False
+    wild = sum(p.startswith("re:") or _WILD.search(p) is not None for p in patterns)
+    if wild > MAX_WILD:
+        raise FactError(f"{wild} patterns with wildcards in one list are more than {MAX_WILD}; name the modules")
     rule = METHODS.get(canonical_method(method), _segments)(patterns)
 
     def one(name: str) -> bool:
@@ -225,7 +233,12 @@ def _glob_regex(pattern: str) -> re.Pattern[str]:
 
 def _any_regex(patterns: Sequence[str]) -> Test:
     """Whether one of the `re:` patterns matches the beginning of a text."""
-    matches = [_safe_regex(p.removeprefix("re:")).match for p in patterns if p.startswith("re:")]
+    texts = [p.removeprefix("re:") for p in patterns if p.startswith("re:")]
+    if sum(comb(100 + sum(map(text.count, "*+{")), 100) for text in texts if len(text) <= MAX_PATTERN) > MAX_STEPS:
+        worst = max(texts, key=lambda text: sum(map(text.count, "*+{")))
+        _safe_regex(worst)  # has a better word for it, where it is bad by itself
+        raise FactError(f"{len(texts)} patterns such as `re:{worst}` could take for ever together; write simpler ones")
+    matches = [_safe_regex(text).match for text in texts]
 
     def test(text: str) -> bool:
         # Plain loops, here and in `matcher`: a checkpoint asks for thousands of names.
@@ -255,6 +268,8 @@ def _safe_regex(text: str) -> re.Pattern[str]:
 
 def _costly(text: str) -> str:
     """Say what makes a pattern's cost explode: a repeat of something that repeats or chooses, or many repeats."""
+    if re.search(r"\(\?[a-zA-Z-]*x|\(\?#", text):  # `(a+) +` repeats a repeat where blanks don't count
+        return "blanks or comments that don't count"
     plain = re.sub(r"\\.", "x", text, flags=re.DOTALL)
     plain = re.sub(r"\[\^?\]?[^\]]*\]", "x", plain)
     plain = re.sub(r"\(\?(?:[:=!]|<[=!]|P<\w+>|[a-z]+\)?)", "(", plain)

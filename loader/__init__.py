@@ -1,15 +1,25 @@
-"""Load the MoE layers of a checkpoint exactly as the gatekeeper decided, or refuse with everything that is wrong."""
+"""Load the MoE layers of a checkpoint exactly as the gatekeeper decided, or refuse with everything that is wrong.
+
+The names here are imported when first asked for: torch takes a second and 200 MB, and a torn checkpoint is refused
+without it.
+"""
 
 from __future__ import annotations
 
-from loader.build import build
-from loader.errors import BuildError, PlanError, PlanFault, StaleDecisionError, VerificationError
-from loader.load import load_moe, prepare
-from loader.make_checkpoint import Recipe, make_checkpoint
-from loader.moe import MoELayer, RouterConfig
-from loader.plan import LayerPlan, Placement, Plan
-from loader.planner import build_plan
-from loader.verify import Verified, agreement, verify
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loader.build import build
+    from loader.errors import BuildError, PlanError, PlanFault, StaleDecisionError, VerificationError
+    from loader.load import load_moe, prepare
+    from loader.make_checkpoint import Recipe, make_checkpoint
+    from loader.moe import MoELayer, RouterConfig
+    from loader.plan import LayerPlan, Placement, Plan
+    from loader.planner import build_plan
+    from loader.verify import Verified, agreement, verify
 
 __all__ = [
     "BuildError",
@@ -32,3 +42,32 @@ __all__ = [
     "prepare",
     "verify",
 ]
+
+_HOMES = {
+    "build": ("build",),
+    "errors": ("BuildError", "PlanError", "PlanFault", "StaleDecisionError", "VerificationError"),
+    "load": ("load_moe", "prepare"),
+    "make_checkpoint": ("Recipe", "make_checkpoint"),
+    "moe": ("MoELayer", "RouterConfig"),
+    "plan": ("LayerPlan", "Placement", "Plan"),
+    "planner": ("build_plan",),
+    "verify": ("Verified", "agreement", "verify"),
+}
+
+
+class _Package(ModuleType):
+    """This package; a public name is never hidden by the module of that name (`build`, `verify`)."""
+
+    def __getattr__(self, name: str) -> Any:
+        for module, names in _HOMES.items():
+            if name in names:
+                found = self.__dict__[name] = getattr(import_module(f"{__name__}.{module}"), name)
+                return found
+        raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and name in __all__):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -113,12 +113,13 @@ def plan_command(
     tensors: bool,
 ) -> None:
     """Decide and plan, reading nothing but headers."""
-    from loader.load import prepare
-
     target = _target(checkpoint, platform, settings, runner, rules_folder, overlays)
+    decided = list(target.decided())
+    from loader.load import prepare  # torch takes a second: what can't be read is refused before
+
     answers: list[dict[str, Any]] = []
     pending = False
-    for facts, decisions in target.decided():
+    for facts, decisions in decided:
         pending |= _is_pending(decisions)
         prepared = prepare(checkpoint, decisions, target.rules, facts)
         if as_json:
@@ -153,15 +154,16 @@ def load_command(
     verifies: bool,
 ) -> None:
     """Decide, plan and load; exit 1 with every reason if a slot or a tensor is left over."""
-    from loader.build import build
+    target = _target(checkpoint, platform, settings, runner, rules_folder, overlays)
+    decided = list(target.decided())
+    from loader.build import build  # torch takes a second: what can't be read is refused before
     from loader.load import prepare
     from loader.text import count
     from loader.verify import verify
 
-    target = _target(checkpoint, platform, settings, runner, rules_folder, overlays)
     answers: list[dict[str, Any]] = []
     pending = False
-    for facts, decisions in target.decided():
+    for facts, decisions in decided:
         pending |= _is_pending(decisions)
         prepared = prepare(checkpoint, decisions, target.rules, facts)
         layers = build(prepared.plan, prepared.index, device)
@@ -224,8 +226,11 @@ def main() -> None:
     """Run the command line; an error of ours is a message on stderr and exit code 1, never a traceback."""
     try:
         group(prog_name="moe-loader")
-    except (GatekeeperError, OSError) as error:  # OSError: a full disk, a folder that may not be read
+    except GatekeeperError as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(BAD_NEWS)
+    except OSError as error:  # a full disk, a folder that may not be read
+        click.echo(f"error: `{error.filename}`: {error.strerror or error}", err=True)
         sys.exit(BAD_NEWS)
 
 

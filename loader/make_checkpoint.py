@@ -67,8 +67,11 @@ def make_checkpoint(out: Path, recipe: Recipe) -> Path:
         (temporary / "config.json").write_text(json.dumps(maker.config(), indent=2) + "\n", encoding="utf-8")
         write_shards(temporary, maker.shards(), maker.n_layers + 1)
         temporary.replace(out)  # over an empty folder or nothing: both are one step
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk does not say where
+            problem = f"{error.strerror}; nothing is left of it, name a folder with more room or other rights"
+            raise OSError(error.errno, problem, str(out)) from None
         raise
     return out
 

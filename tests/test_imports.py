@@ -78,3 +78,21 @@ def test_loader_imports_public_names_only(root: Path) -> None:
 def test_public_names_are_there() -> None:  # ruff sorts them
     assert len(set(gatekeeper.__all__)) == len(gatekeeper.__all__)
     assert [name for name in gatekeeper.__all__ if not hasattr(gatekeeper, name)] == []
+
+
+def test_every_public_name_of_the_loader_is_found(root: Path) -> None:
+    """Also where the module of that name (`build`, `verify`) was imported before."""
+    code = (
+        "import loader.build, loader.verify, loader.make_checkpoint, types, loader;"
+        "found = [getattr(loader, name) for name in loader.__all__];"
+        "print([each for each in found if isinstance(each, types.ModuleType)], hasattr(loader, 'nonsense'))"
+    )
+    done = python("-c", code, cwd=root)
+    assert (done.returncode, done.stdout.strip()) == (0, "[] False"), done.stderr
+
+
+def test_a_torn_checkpoint_is_refused_without_torch(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    done = python("-c", RUN.replace("gatekeeper.cli", "loader.cli"), "load", str(tmp_path), cwd=root)
+    assert done.returncode == 1
+    assert json.loads(done.stderr.splitlines()[-1]) == ["loader"]

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from gatekeeper.catalogue import Catalogue, FactSpec
-from gatekeeper.errors import CheckpointError, FactError
+from gatekeeper.errors import CheckpointError, FactError, one_line
 from gatekeeper.families import Family, select_family
+from gatekeeper.files import Unreadable, inside, read_whole, require_unicode
 from gatekeeper.values import ABSENT, UNKNOWN, Reading, Readings, Values
 
-MAX_CONFIG_BYTES = 50_000_000
+MAX_CONFIG_BYTES = 5_000_000
+"""The largest published ones, with an entry for each module, have a few hundred thousand."""
+MAX_CONFIG_DEPTH = 64
 NESTED = ("text_config", "language_config", "llm_config")
 """Where a wrapper keeps its language model's config; the first that is there counts."""
 
@@ -47,34 +50,37 @@ class ConfigFile:
 def load_config(target: Path) -> ConfigFile:
     """Parse the config.json of a folder, or the file itself; raises `CheckpointError` if missing, torn or no object."""
     target = Path(target)
-    path = target / "config.json" if target.is_dir() else target
-    top = read_json_object(path)
+    top = read_json_object(path := _inside(target / "config.json") if target.is_dir() else target)
     nested = next((key for key in NESTED if top.get(key) is not None), "")
     if nested and not isinstance(top[nested], dict):
         raise CheckpointError(f"`{path}`: `{nested}` should hold the language model's config, a mapping; correct it")
     beside = path.parent / "hf_quant_config.json"
-    hf_quant = read_json_object(beside) if beside.exists() else None
+    hf_quant = read_json_object(_inside(beside)) if beside.exists() else None
     return ConfigFile(path=path, top=top, nested=nested, hf_quant=hf_quant)
+
+
+def _inside(path: Path) -> Path:
+    try:
+        inside(path.parent, path.name)
+    except Unreadable as bad:
+        raise CheckpointError(f"`{path}`: {bad}; name a checkpoint folder or its config.json") from None
+    return path
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read one JSON object, without the keys that start with `_`; raises `CheckpointError`."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-    except FileNotFoundError:
-        raise CheckpointError(f"`{path}` is missing; name a checkpoint folder or its config.json") from None
-    except OSError as error:
-        raise CheckpointError(f"`{path}` can't be read: {error.strerror}") from None
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"`{path}` is longer than {MAX_CONFIG_BYTES} bytes; this is no config")
+        raw = read_whole(path, MAX_CONFIG_BYTES)
+    except Unreadable as bad:
+        raise CheckpointError(f"`{path}` {bad}; name a checkpoint folder or the config.json of a model") from None
     try:
         # NaN and Infinity are accepted: transformers writes them (`time_step_limit` of Mamba layers).
-        document = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
+        document = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_without_duplicates, parse_int=_integer)
+        require_unicode(raw, document)
     except UnicodeDecodeError:
         raise CheckpointError(f"`{path}` is not UTF-8 text; download it again") from None
     except RecursionError:
-        raise CheckpointError(f"`{path}` is nested too deep to be read") from None
+        raise CheckpointError(f"`{path}` is nested too deep; this is no config") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise CheckpointError(f"`{path}` is not JSON ({error.msg}, {where}); torn? download it again") from None
@@ -82,14 +88,37 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"`{path}` is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"`{path}` is not a JSON object; expected the config of a model")
+    if _is_deep(document):
+        raise CheckpointError(f"`{path}` is nested deeper than {MAX_CONFIG_DEPTH} levels; this is no config")
     return {key: value for key, value in document.items() if not key.startswith("_")}
+
+
+def _integer(text: str) -> int:
+    # The longest of 64 bits; `int` itself would take time for thousands of digits.
+    if len(text) > 20:
+        raise ValueError(f"the number {text[:20]}… has {len(text)} digits; correct it")
+    return int(text)
+
+
+def _is_deep(document: Any) -> bool:
+    level = [document]
+    for _ in range(MAX_CONFIG_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key `{key}` is there twice")
+            raise ValueError(f"the key `{one_line(key[:200])}` is there twice")
         found[key] = value
     return found
 

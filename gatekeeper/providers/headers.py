@@ -44,6 +44,7 @@ def read_headers(
             return [], f"family `{family.name}` has no layer with experts here"
         return None, f"no tensor has a name of an expert of family `{family.name}`"
     _same_layers(found, numbers, config, family)
+    _enough_rows(found, values, config)
     reader = LayerReader(config=config, family=family, formats=formats, values=values)
     recognised = _Recogniser(formats, family, values)
     return [_layer(one, reader, recognised, config) for one in found], ""
@@ -66,6 +67,17 @@ def _same_layers(
             f"layer {index} should have experts by {config.name} and {family.witness}, but the headers have none of "
             "them; download the checkpoint again"
         )
+
+
+def _enough_rows(found: Sequence[MoeTensors], values: Values, config: ConfigFile) -> None:
+    """Refuse a router that can't choose every expert; with more rows it may have experts that compute nothing."""
+    experts = values.get("model.n_routed_experts", UNKNOWN)
+    for router in filter(None, (layer.router for layer in found)):
+        if isinstance(experts, int) and router.shape and router.shape[0] < experts:
+            raise FactError(
+                f"{router.shard}: {router.name} has {router.shape[0]} rows, one for each expert, but {config.name} "
+                f"announces {experts} experts; one of the two is of another checkpoint"
+            )
 
 
 def _witness(experts: Sequence[Expert]) -> str:

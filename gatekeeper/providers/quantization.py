@@ -6,10 +6,11 @@ A scheme that isn't understood here leaves the storage unknown, with a note; it 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from time import thread_time
+from typing import Any, ParamSpec, TypeVar
 
 from gatekeeper.catalogue import Catalogue
 from gatekeeper.errors import FactError
@@ -19,6 +20,14 @@ from gatekeeper.names import Excluded, Test, canonical_method, excluded, matcher
 from gatekeeper.providers.config import ConfigFile, look_up, settled, typed
 from gatekeeper.providers.schemes import DTYPE_FORMATS, SCHEMES, Kind, Scheme, SchemeOf
 from gatekeeper.values import ABSENT, UNKNOWN, Reading, Readings, Values
+
+MAX_NAMED = 200_000
+"""Experts of all layers, where a list could tell each from the other; the largest models have a third of that."""
+MAX_MATCHING_SECONDS = 2.0
+"""Of this thread's time, for one checkpoint's exclude list or schemes; the longest published ones take a tenth."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 IGNORE_KEYS = ("ignore", "exclude", "exclude_modules", "modules_to_not_convert", "ignored_layers")
 
@@ -142,7 +151,7 @@ class LayerReader:
         """Whether the exclude list covers one module."""
         if self.found is not None:
             # Its names are asked for several times each.
-            self.ignored = cache(matcher(self.found.writer, self.found.ignore))
+            self.ignored = cache(_in_time(matcher(self.found.writer, self.found.ignore), self.found.ignore_witness))
         self.scheme_of: SchemeOf = lambda name, kind: None
         if self.found is not None:
             make = SCHEMES.get(canonical_method(self.found.method))
@@ -150,7 +159,7 @@ class LayerReader:
                 note = f"storage of quantization method `{self.found.method}` is not known here"
                 self.scheme_of = lambda name, kind: Scheme(None, note=note)
             else:
-                self.scheme_of = make(self)
+                self.scheme_of = _in_time(make(self), self.found.where)
         self.experts = self._representatives()
 
     def layer(self, role: str, index: int, draft: int) -> dict[str, Reading]:
@@ -252,10 +261,34 @@ class LayerReader:
             raise FactError(f"`model.n_routed_experts` is {count}, more than {MAX_EXPERTS}; correct config.json")
         texts = _texts(self.found.raw) if self.found is not None else []
         if any(map(_may_name_an_expert, texts)):
+            layers = self.values.get("model.num_hidden_layers", UNKNOWN)
+            if isinstance(layers, int) and layers * count > MAX_NAMED:
+                raise FactError(
+                    f"{count} experts in {layers} layers are more than the {MAX_NAMED} that can be looked up one by "
+                    f"one in the exclude list; correct {self.config.name}"
+                )
             return tuple(range(count))
         if any(map(_may_count_digits, texts)):
             return tuple(sorted({0, 1, 10, 100, 1000, count - 1} & set(range(count))))
         return (0,)
+
+
+def _in_time(look_up: Callable[P, T], where: str) -> Callable[P, T]:
+    """The same, but giving up where patterns that look harmless turn out not to be; raises `FactError`."""
+    spent = 0.0
+
+    def timed(*args: P.args, **kwargs: P.kwargs) -> T:
+        nonlocal spent
+        began = thread_time()
+        found = look_up(*args, **kwargs)
+        spent += thread_time() - began
+        if spent > MAX_MATCHING_SECONDS:
+            raise FactError(
+                f"matching names took more than {MAX_MATCHING_SECONDS:.0f} s (from {where}); shorten the list"
+            )
+        return found
+
+    return timed
 
 
 def _texts(raw: Any) -> list[str]:

@@ -1,0 +1,1 @@
+"""Folders that mean harm, and what becomes of them."""
