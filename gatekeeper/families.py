@@ -190,11 +190,13 @@ def select_family(
 ) -> Family | None:
     """The family of a model: a wrapper's match beats a model type's, which beats an architecture's.
 
-    DeepSeek V3, Kimi K2 and Kimi K2.5 share one architecture. Of `model_types` the first that matches counts. Raises
+    DeepSeek V3, Kimi K2 and Kimi K2.5 share one architecture. A language model without an architecture of its own goes
+    by its wrapper's, so that one may be a wrapper too. Of `model_types` the first that matches counts. Raises
     `FactError` where two families match equally well.
     """
+    wrapper = wrapper_architecture or architecture
     for found in (
-        [f for f in families if wrapper_architecture in f.wrapper_architectures],
+        [f for f in families if wrapper in f.wrapper_architectures],
         *([f for f in families if model_type in f.model_types] for model_type in model_types),
         [f for f in families if architecture in f.architectures],
     ):

@@ -224,8 +224,8 @@ def test_what_the_loader_cannot_compute_is_refused_before_planning() -> None:
             plan(layout(), **model)
     with pytest.raises(CheckpointError, match="does not give `hidden_size`"):
         plan(layout(), hidden_size=None)
-    with pytest.raises(CheckpointError, match="in a way that this loader does not read"):
-        plan(layout(), name="gpt_oss")
+    with pytest.raises(CheckpointError, match="a kind that this loader does not compute"):
+        plan(layout(), name="nemotron_h")
 
 
 # -- bytes and printing ---------------------------------------------------------------------------------------------
