@@ -16,18 +16,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import handwritten
-from benchmarks.peers import PEERS, Formulas, Peer
+from benchmarks.peers import PEERS, Answers, Formulas, Peer
 from gatekeeper import ABSENT, RuleSet, load_rules, parse_rule_set
 from gatekeeper.conditions import All, facts_of
 from gatekeeper.lean import CompiledFeature
 from gatekeeper.values import Arch
 
 FEATURE, GATE = "shared_experts_fusion", "deepseek_v3"
+Peers: TypeAlias = Sequence[tuple[Peer, Sequence[Any]]]
+"""Each with all facts as it takes them."""
 USUAL = 0.92
 """How often a fact has the value that lets the gate go on; else another one, absent or unknown."""
 STORAGE = {
@@ -89,9 +91,9 @@ def one_gate(rules: RuleSet) -> RuleSet:
 
 
 def disagreements(
-    feature: CompiledFeature, peers: Sequence[tuple[Peer, Sequence[Any]]], facts: Sequence[Mapping[str, Any]]
+    feature: CompiledFeature, complete: Answers, peers: Peers, facts: Sequence[Mapping[str, Any]]
 ) -> Iterator[str]:
-    """Yield where anybody decides otherwise than we do, or finds otherwise of a requirement."""
+    """Yield where anybody decides otherwise than we do, or says otherwise of a requirement."""
     for index, values in enumerate(facts):
         state, found = feature.state(values), feature.reasons(values)
         by_hand = handwritten.state(values), handwritten.reasons(values)
@@ -103,10 +105,9 @@ def disagreements(
                 yield f"{peer.name}: {answer}, gatekeeper: {state}\nfacts: {values}"
             if not found:  # forbidden, or another model's
                 continue
-            for (name, ours, _, _), (holds, fails) in zip(found, peer.truths(prepared[index]), strict=True):
-                theirs = ("passed", "not_applicable") if holds else ("failed",) if fails else ("unknown",)
-                if ours not in theirs and not (ours == "waived" and not holds):
-                    yield f"{peer.name}: {name} {theirs}, gatekeeper: {ours}\nfacts: {values}"
+            theirs = complete(values, peer.truths(prepared[index]))
+            if theirs != found:
+                yield f"{peer.name}: {theirs}\ngatekeeper: {found}\nfacts: {values}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,16 +182,21 @@ def scaling(counts: Sequence[int], rounds: int) -> list[dict[str, float]]:
 
 
 def contenders_of(
-    feature: CompiledFeature, peers: Sequence[tuple[Peer, Sequence[Any]]], facts: Sequence[Mapping[str, Any]]
+    feature: CompiledFeature, complete: Answers, peers: Peers, facts: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Contender], list[Contender]]:
     """Return who decides and who gives reasons; reasons on those facts where requirements are asked at all."""
+
+    def answering(peer: Peer) -> Callable[[Any], Any]:
+        truths = peer.truths
+        return lambda one: complete(one[0], truths(one[1]))
+
     asked = [index for index, values in enumerate(facts) if feature.reasons(values)]
     some = [facts[index] for index in asked]
     alone = [Contender("handwritten", handwritten.state, facts), Contender("gatekeeper", feature.state, facts)]
     full = [Contender("handwritten", handwritten.reasons, some), Contender("gatekeeper", feature.reasons, some)]
     for peer, prepared in peers:
         alone.append(Contender(peer.name, peer.state, prepared))
-        full.append(Contender(peer.name, peer.truths, [prepared[index] for index in asked]))
+        full.append(Contender(peer.name, answering(peer), [(facts[index], prepared[index]) for index in asked]))
     return alone, full
 
 
@@ -208,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     feature = CompiledFeature(rules, FEATURE)
     facts = random_facts(options.facts)
     formulas = Formulas(rules.catalogue, rules.features[FEATURE], rules.gates[FEATURE][0])
+    complete = Answers(formulas, rules.gates[FEATURE][0])
     peers = []
     for make in () if options.no_peers else PEERS:
         try:
@@ -217,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         peers.append((peer, [peer.prepare(formulas.facts(list(DOMAIN), values)) for values in facts]))
 
-    wrong = next(disagreements(feature, peers, facts), None)
+    wrong = next(disagreements(feature, complete, peers, facts), None)
     if wrong:
         print(f"disagreement:\n{wrong}")
         return 1
@@ -227,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     who = ", ".join(["gatekeeper", "handwritten", *(peer.name for peer, _ in peers)])
     print(f"agreed on {len(facts)} sets of facts ({', '.join(f'{n} {state}' for state, n in states.items())}): {who}")
 
-    alone, full = contenders_of(feature, peers, facts)
+    alone, full = contenders_of(feature, complete, peers, facts)
     figures: dict[str, Any] = {
         "python": platform.python_version(),
         "facts": len(facts),

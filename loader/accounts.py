@@ -39,10 +39,22 @@ class Ledger:
         self._written: dict[Slot, list[tuple[Span, str]]] = defaultdict(list)
         self._used: dict[str, list[_Use]] = defaultdict(list)
 
-    def write(self, slot: Slot, rows: Span, key: str, block: Block | None = None, view: View | None = None) -> None:
-        """Note that `block` (None: all) of tensor `key`, or of the matrix that `view` shows in it, fills `rows`."""
+    def write(
+        self,
+        slot: Slot,
+        rows: Span,
+        key: str,
+        block: Block | None = None,
+        again: bool = False,
+        view: View | None = None,
+    ) -> None:
+        """Note that `block` (None: all) of tensor `key`, or of the matrix that `view` shows in it, fills `rows`.
+
+        `again`: on purpose another slot takes the same, and counts as the use of it.
+        """
         self._written[slot].append((rows, key))
-        self._used[key].append(_Use(view, block))
+        if not again:
+            self._used[key].append(_Use(view, block))
 
     def read(self, key: str) -> None:
         """Note that all of tensor `key` was used, to no slot."""
@@ -81,7 +93,7 @@ class Ledger:
 
 
 def _tiling(uses: Sequence[_Use], shape: tuple[int, ...]) -> Iterable[str]:
-    """Whether disjoint uses cover a tensor: as many elements as it has, and none twice."""
+    """Whether disjoint uses cover a tensor, or a vector as a column: all of its elements, and none twice."""
     areas: dict[int | None, list[tuple[range, Span]]] = defaultdict(list)
     for use in uses:
         areas[None if use.view is None else use.view.item].append(_area(use, shape))
@@ -92,7 +104,7 @@ def _tiling(uses: Sequence[_Use], shape: tuple[int, ...]) -> Iterable[str]:
                 if _overlap(columns, other_columns) and (twice := _shared_row(rows, other_rows)) is not None:
                     yield f"has a block that is used twice, at row {twice}{where}"
     used = sum(len(rows) * (columns[1] - columns[0]) for parts in areas.values() for rows, columns in parts)
-    if used != prod(shape) or (None in areas and len(shape) != 2):
+    if used != prod(shape) or (None in areas and len(shape) > 2):
         yield f"of shape {list(shape)} is used in part: {used} elements"
 
 

@@ -14,7 +14,7 @@ from loader.accounts import Ledger, Slot
 from loader.activation import ExpertConfig
 from loader.checkpoint import Checkpoint, dtype_name
 from loader.errors import BuildError
-from loader.formats import FORMATS
+from loader.formats import Layout
 from loader.kernels import KERNELS
 from loader.moe import (
     Experts,
@@ -97,10 +97,10 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Sk
     if gate is not None:
         homes["shared_gate.weight"] = (gate, "weight")
 
-    def stack(prefix: str, format_name: str, n_experts: int, width: int) -> Experts:
+    def stack(prefix: str, layout: Layout, n_experts: int, width: int) -> Experts:
         bias = specs.get(f"{prefix}.w13_bias")
         made = Experts(
-            FORMATS[format_name],
+            layout,
             n_experts=n_experts,
             hidden_size=plan.hidden_size,
             width=width,
@@ -111,10 +111,10 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Sk
         homes.update({f"{prefix}.{name}": (made, name) for name, _ in made.named_parameters()})
         return made
 
-    experts = stack("experts", plan.format, plan.n_slots, plan.width)
+    experts = stack("experts", plan.layout, plan.n_slots, plan.width)
     shared = None
-    if plan.shared == "separate" and plan.shared_format is not None:
-        shared = SharedExpert(stack("shared", plan.shared_format, 1, plan.shared_width), gate)
+    if plan.shared == "separate" and plan.shared_layout is not None:
+        shared = SharedExpert(stack("shared", plan.shared_layout, 1, plan.shared_width), gate)
     chooser = SharedSlotRouter(routing, plan.n_shared, gate) if plan.shared == "slot" else routing
     layer = MoELayer(index=plan.index, name=plan.name, router=chooser, experts=experts, shared=shared)
     skeleton = _Skeleton(layer, plan, {base + name: home for name, home in homes.items()})
@@ -161,6 +161,8 @@ def _fill(skeleton: _Skeleton, checkpoint: Checkpoint) -> None:
         ledger.read(note.key)
         if found != list(note.shape):
             problems.append(f"`{note.key}` says {found}, the weight is {list(note.shape)}")
+    for key in plan.unused:
+        ledger.read(key)
     problems += ledger.faults()
     if problems:
         shown = problems[:MAX_SHOWN] + ([f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else [])
@@ -168,7 +170,7 @@ def _fill(skeleton: _Skeleton, checkpoint: Checkpoint) -> None:
 
 
 def _keys(plan: LayerPlan) -> Sequence[str]:
-    return [placement.key for placement in plan.placements] + [note.key for note in plan.notes]
+    return [placement.key for placement in plan.placements] + [note.key for note in plan.notes] + list(plan.unused)
 
 
 def _slots(skeleton: _Skeleton) -> dict[Slot, int]:
@@ -188,12 +190,12 @@ def _copy(skeleton: _Skeleton, placement: Placement, tensor: Tensor, ledger: Led
     parameter = skeleton.parameter(placement.param)
     slot = parameter.data if placement.expert is None else parameter.data[placement.expert]
     rows = slot[placement.rows[0] : placement.rows[1]]
-    block = placement.cut(tensor)
+    block = placement.cut(tensor, rows.dim())
     # Tensor.copy_ casts between any two dtypes and broadcasts, both in silence.
     if block.shape != rows.shape or block.dtype != rows.dtype:
         ours, theirs = (f"{list(t.shape)} {dtype_name(t.dtype)}" for t in (rows, block))
         return [f"`{placement.key}` is {theirs}, its place in {placement.param} {ours}"]
     rows.copy_(block)
     slot_written = (placement.param, placement.expert)
-    ledger.write(slot_written, placement.rows, placement.key, placement.source, placement.view)
+    ledger.write(slot_written, placement.rows, placement.key, placement.source, placement.again, placement.view)
     return []

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loader.activation import ExpertConfig
-from loader.formats import WeightFormat, dequantize_stacked
+from loader.formats import Layout, dequantize_stacked
 from loader.kernels import Kernel
 from loader.kernels.eager import expert_mlp
 
@@ -139,7 +139,7 @@ class Experts(nn.Module):
 
     def __init__(
         self,
-        weight_format: WeightFormat,
+        layout: Layout,
         *,
         n_experts: int,
         hidden_size: int,
@@ -149,27 +149,26 @@ class Experts(nn.Module):
         bias_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.weight_format, self.kernel = weight_format, kernel
+        self.layout, self.kernel = layout, kernel
         self.config = config or ExpertConfig()
         for name, size in (("w13_bias", 2 * width), ("w2_bias", hidden_size)):
             bias = None if bias_dtype is None else empty_parameter((n_experts, size), bias_dtype)
             self.register_parameter(name, bias)
-        for part in weight_format.parts:
+        for part in layout.parts:
             rows, columns = part.shape(width, hidden_size)
-            self._declare(f"w13_{part.suffix}", (n_experts, 2 * rows, columns), part.dtype)
-            self._declare(f"w2_{part.suffix}", (n_experts, *part.shape(hidden_size, width)), part.dtype)
+            self._declare(f"w13_{part.name}", (n_experts, 2 * rows, columns), part.dtype)
+            self._declare(f"w2_{part.name}", (n_experts, *part.shape(hidden_size, width)), part.dtype)
 
     def _declare(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.register_parameter(name, empty_parameter(shape, dtype))
 
     def dequantize(self, experts_U: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``w13_U2FD`` and ``w2_UDF``; memory holds packed numbers only, apart from what this returns."""
-        suffixes = [part.suffix for part in self.weight_format.parts]
-        w13 = {suffix: getattr(self, f"w13_{suffix}")[experts_U] for suffix in suffixes}
-        w2 = {suffix: getattr(self, f"w2_{suffix}")[experts_U] for suffix in suffixes}
+        w13 = {part.role: getattr(self, f"w13_{part.name}")[experts_U] for part in self.layout.parts}
+        w2 = {part.role: getattr(self, f"w2_{part.name}")[experts_U] for part in self.layout.parts}
         return (
-            dequantize_stacked(self.weight_format, w13, dtype, stacked=2),
-            dequantize_stacked(self.weight_format, w2, dtype, stacked=1),
+            dequantize_stacked(self.layout, w13, dtype, stacked=2),
+            dequantize_stacked(self.layout, w2, dtype, stacked=1),
         )
 
     def biases(self, experts_U: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

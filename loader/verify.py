@@ -250,12 +250,17 @@ def raw_weight(checkpoint: Checkpoint, parts: Mapping[str, TensorInfo]) -> Tenso
         # A little-endian int32 of eight nibbles is four bytes of two, the low one first.
         values = _nibbles(raw["weight_packed"].contiguous().view(torch.uint8)).double() - 8
         return values * raw["weight_scale"].double().repeat_interleave(32, dim=1)
-    weight = raw["weight"]
+    weight = raw["blocks"] if "blocks" in raw else raw["weight"]
     if weight.dtype is torch.uint8:
         code = _nibbles(weight).long()
         exponent, mantissa = (code >> 1) & 3, (code & 1).double()
         size = torch.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1))
-        scale = raw["weight_scale"].view(torch.float8_e8m0fnu).double().repeat_interleave(32, dim=1)
+        scale = (
+            raw["scales" if "scales" in raw else "weight_scale"]
+            .view(torch.float8_e8m0fnu)
+            .double()
+            .repeat_interleave(32, dim=1)
+        )
         return torch.where(code >= 8, -size, size) * scale
     if weight.dtype is torch.float8_e4m3fn:
         scale = raw["weight_scale_inv"].double()

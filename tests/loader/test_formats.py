@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 from loader.checkpoint import DTYPES
-from loader.formats import FORMATS, StraddleError, dequantize_stacked
-from loader.formats.base import Part
+from loader.formats import FORMATS, Layout, StraddleError, dequantize_stacked, layout_of
 from loader.packing import PACKERS
 from tests.loader.fakes import shipped
 
 GOLDENS = Path(__file__).parent / "goldens"
+
+
+def layout(name: str) -> Layout:
+    """As the format's first signature has it."""
+    return layout_of(shipped().formats[name])
+
+
+def dequantize(name: str, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Parts by the suffixes of the first signature to numbers."""
+    return FORMATS[name].dequantize({p.role: stored[p.suffix] for p in layout(name).parts}, dtype)
 
 
 def from_golden(raw: dict[str, Any]) -> Tensor:
