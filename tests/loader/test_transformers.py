@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,12 @@ from torch import nn
 import loader
 from gatekeeper import Decisions, decide, read_facts
 from loader.load import Prepared
+from loader.moe import Experts
+from loader.packing import PACKERS
 from loader.verify import relative_error, tolerance
+from tests.loader.ct_writer import decompress, quantize
 from tests.loader.fakes import shipped
+from tests.loader.surgery import rewrite
 from tests.loader.tiny_models import MODELS, TOKENS, Replaced, blocks, make, read
 
 pytestmark = pytest.mark.transformers
@@ -78,10 +85,17 @@ def run(model: Any) -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, Any]]]:
     return logits, seen
 
 
-def compare(model: nn.Module, folder: Path, decisions: Decisions) -> tuple[dict[int, float], float, Prepared]:
-    """By layer, how far our block is from transformers', and how far the logits are with all blocks replaced."""
+def compare(
+    model: nn.Module, folder: Path, decisions: Decisions, weights_in: torch.dtype | None = None
+) -> tuple[dict[int, float], float, Prepared]:
+    """By layer, how far our block is from transformers', and how far the logits are with all blocks replaced.
+
+    Our layers compute from exact weights, or from those rounded to `weights_in` where transformers' are.
+    """
     prepared = loader.prepare(folder, decisions)
     layers = loader.load_moe(folder, decisions)
+    for experts in (m for layer in layers for m in layer.modules() if weights_in and isinstance(m, Experts)):
+        experts.dequantize = partial(rounded, experts.dequantize, weights_in)
     expected, seen = run(model)
     figures: dict[int, float] = {}
     originals = {}
@@ -100,6 +114,12 @@ def compare(model: nn.Module, folder: Path, decisions: Decisions) -> tuple[dict[
         for name, module in originals.items():
             model.set_submodule(name, module)
     return figures, relative_error(logits, expected), prepared
+
+
+def rounded(
+    exact: Callable[..., tuple[torch.Tensor, ...]], to: torch.dtype, experts_U: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    return tuple(weight.to(dtype) for weight in exact(experts_U, to))
 
 
 CASES = [(name, fused) for name, tiny in MODELS.items() for fused in ([False, True] if tiny.fuses else [False])]
@@ -147,3 +167,69 @@ def test_a_wrong_block_is_seen_in_the_logits(saved: Callable[[str, bool], Saved]
     layers[0].experts.w2_weight.data.copy_(layers[0].experts.w2_weight.flip(0).clone())
     with torch.no_grad():
         assert relative_error(layers[0](seen[0][0]), seen[0][1]) > 0.1
+
+
+def test_gpt_oss_stays_packed(saved: Callable[[str, bool], Saved], tmp_path: Path) -> None:
+    """MXFP4 blocks and scales as OpenAI ships them: packed in memory, with the logits of transformers' dequantizer."""
+    import transformers
+
+    folder = shutil.copytree(saved("gpt-oss", True)[0], tmp_path / "packed")
+    rewrite(folder, pack_stacks)
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}), "utf-8")
+    model = read(folder, quantization_config=transformers.Mxfp4Config(dequantize=True)).float()
+    figures, logits, prepared = compare(model, folder, decided(folder, "grouped_mm", fused=False))
+    assert {one.format for one in prepared.plan.layers} == {"mxfp4"}
+    packed = {param.dtype for one in prepared.plan.layers for param in one.params if "bias" not in param.name}
+    assert packed == {torch.uint8, torch.bfloat16}, "bf16 is the router alone"
+    print(f"gpt-oss mxfp4: blocks {max(figures.values()):.1e}, logits {logits:.1e}, allowed {allowed(prepared):.1e}")
+    assert max(figures.values()) <= allowed(prepared) and logits <= len(figures) * allowed(prepared)
+    layers = loader.load_moe(folder, decided(folder, "eager", fused=False))
+    assert all(one.figure > 0 for one in loader.verify(layers, prepared.plan, prepared.index, prepared.tensors))
+
+
+def pack_stacks(tensors: dict[str, torch.Tensor]) -> None:
+    """Experts in bf16, ``(E, in, out)``, to blocks ``(E, out, in / 32, 16)`` and scales ``(E, out, in / 32)``."""
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        packed = PACKERS["mxfp4"](tensors.pop(name).transpose(1, 2).contiguous())
+        tensors[f"{name}_blocks"] = packed["weight"].unflatten(-1, (-1, 16)).contiguous()
+        tensors[f"{name}_scales"] = packed["weight_scale"]
+
+
+PLAIN = ["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"]
+
+
+@pytest.mark.parametrize(
+    ("format_name", "name", "plain"),
+    [
+        ("int4_g32", "DeepSeek-V3", "shared"),
+        ("int4_g32", "DeepSeek-V3", ""),
+        ("int4_g32", "Qwen3-MoE", ""),
+        ("fp8_channel", "DeepSeek-V3", ""),
+        ("fp8_channel", "Qwen3-MoE", ""),
+        ("mxfp4", "DeepSeek-V3", ""),
+        ("nvfp4_ct", "DeepSeek-V3", "shared"),
+        ("nvfp4_ct", "Qwen3-MoE", ""),
+    ],
+)
+def test_what_compressed_tensors_writes_has_the_logits_of_what_it_reads(
+    saved: Callable[[str, bool], Saved], tmp_path: Path, format_name: str, name: str, plain: str
+) -> None:
+    import transformers
+
+    folder = shutil.copytree(saved(name, True)[0], tmp_path / "quantized")
+    quantize(folder, format_name, [*PLAIN, "re:.*shared_experts.*"] if plain else PLAIN)
+    if format_name == "nvfp4_ct":
+        # transformers 5.23 leaves the factor of the whole matrix out when it stacks experts; its library does not.
+        model = read(decompress(folder, tmp_path / "dense"))
+    else:
+        model = read(folder, quantization_config=transformers.CompressedTensorsConfig(dequantize=True))
+    # Its int4 and NVFP4 are multiplied out in the dtype of the scales or of the model, both bf16 here.
+    weights_in = torch.bfloat16 if format_name in ("int4_g32", "nvfp4_ct") else None
+    fused = MODELS[name].fuses and not plain
+    figures, logits, prepared = compare(model.float(), folder, decided(folder, "eager", fused=fused), weights_in)
+    print(f"{name} {format_name}: blocks {max(figures.values()):.1e}, logits {logits:.1e}, {allowed(prepared):.1e}")
+    assert {one.format for one in prepared.plan.layers} == {format_name}
+    assert {one.shared == "slot" for one in prepared.plan.layers} == {fused}
+    assert max(figures.values()) <= allowed(prepared) and logits <= len(figures) * allowed(prepared)
