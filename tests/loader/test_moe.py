@@ -29,7 +29,9 @@ def parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def stack(mlps: list[Mlp], width: int, kernel: str = "eager", d: int = D) -> Experts:
-    experts = Experts(layout_of(shipped().formats["bf16"]), n_experts=len(mlps), hidden_size=d, width=width, kernel=KERNELS[kernel])
+    experts = Experts(
+        layout_of(shipped().formats["bf16"]), n_experts=len(mlps), hidden_size=d, width=width, kernel=KERNELS[kernel]
+    )
     experts.w13_weight = parameter(torch.stack([torch.cat([m.gate, m.up]) for m in mlps]))
     experts.w2_weight = parameter(torch.stack([m.down for m in mlps]))
     return experts
