@@ -373,7 +373,8 @@ def _finished(
         shared_gate=layer.single.get("shared_gate"),
         routed_bias=tuple(dict(layer.routed_bias.get(e, {})) for e in range(count)) if layer.routed_bias else (),
         stacked_bias=dict(layer.stacked_bias),
-        stacking=stacking,
+        stacking=stacking
+        and stacking.settled({k: p["weight"].shape for k, p in layer.stacked.items() if "weight" in p}),
     )
 
 
