@@ -44,7 +44,7 @@ class Stacking:
     names: Mapping[str, str]
     """``gate_up`` (or ``gate`` and ``up``) and ``down`` to their names below the block: ``experts.gate_up_proj``."""
     transposed: bool | frozenset[str] | None = False
-    """Whether the last two axes are swapped: in all parts, only in those with these suffixes, or (None) by `settled`."""
+    """Whether the last two axes are swapped: in all parts, or in those with these suffixes; None: see `settled`."""
     interleaved: bool = False
     """Whether the rows of gate and up take turns in ``gate_up``, gate first."""
 
