@@ -174,7 +174,7 @@ def test_biases_are_cut_and_accounted_for() -> None:
             lambda t: t.pop(DOWN),
             "slot 0 of w2_weight is never written: no tensor: `model.layers.1.mlp.experts.down_proj",
         ),
-        (lambda t: put(t, GATE_UP, (5, 64, 64)), "the stack holds expert 4, there are 4 slots"),
+        (lambda t: put(t, GATE_UP, (5, 64, 64)), "holds 5 experts, config.json has 4"),
         (lambda t: put(t, GATE_UP, (3, 64, 64)), "slot 3 of w13_weight is never written: no tensor"),
         (lambda t: put(t, DOWN, (4, 32, 64)), "slot 0 of w2_weight takes [64, 32] bfloat16, the tensor is [32, 64]"),
         (lambda t: put(t, GATE_UP, (4, 63, 64)), "slot 0 of w13_weight is never written"),

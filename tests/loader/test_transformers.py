@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -22,11 +23,13 @@ from loader.verify import relative_error, tolerance
 from tests.loader.ct_writer import decompress, quantize
 from tests.loader.fakes import shipped
 from tests.loader.surgery import rewrite
+from tests.loader.test_blocks import from_golden
 from tests.loader.tiny_models import MODELS, TOKENS, Replaced, Tiny, blocks, make, read
 
 pytestmark = pytest.mark.transformers
 
 Saved = tuple[Path, nn.Module]
+GOLDENS = Path(__file__).parent / "goldens"
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +262,14 @@ def test_what_compressed_tensors_writes_has_the_logits_of_what_it_reads(
     assert {one.format for one in prepared.plan.layers} == {format_name}
     assert {one.shared == "slot" for one in prepared.plan.layers} == {fused}
     assert max(figures.values()) <= allowed(prepared) and logits <= len(figures) * allowed(prepared)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (GOLDENS / "blocks").glob("*.json")))
+def test_the_kept_blocks_are_what_transformers_makes(name: str, root: Path) -> None:
+    spec = importlib.util.spec_from_file_location("goldens", root / "scripts" / "make_block_goldens.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    kept, made = json.loads((GOLDENS / "blocks" / f"{name}.json").read_text("utf-8")), script.golden(name)
+    assert {key: made[key] for key in ("tensors", "x")} == {key: kept[key] for key in ("tensors", "x")}
+    torch.testing.assert_close(from_golden(made["y"]), from_golden(kept["y"]), rtol=1e-5, atol=1e-6)
