@@ -9,7 +9,8 @@ import pytest
 
 from gatekeeper.checkpoint import Index, TensorInfo
 from gatekeeper.errors import CheckpointError, FactError, RuleError
-from gatekeeper.families import Family, MoeTensors, find_moe_layers, overlaps, select_family
+from gatekeeper.families import Family, overlaps, select_family
+from gatekeeper.moe_tensors import MoeTensors, find_moe_layers
 from gatekeeper.providers.config import settled
 from gatekeeper.source import check_schema, parse_yaml, read_yaml
 from gatekeeper.values import ABSENT, Values
