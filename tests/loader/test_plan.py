@@ -210,6 +210,14 @@ def test_the_router_needs_its_bias() -> None:
     assert "router.e_score_correction_bias is never written" in str(faults(tensors))
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+def test_a_shared_expert_needs_the_gate_that_its_family_has(fused: bool) -> None:
+    which = dataclasses.replace(family("qwen2_moe"), moe_layer=family("deepseek_v3").moe_layer)
+    tensors = {n: i for n, i in named_after(which).items() if not n.endswith("1.mlp.shared_expert_gate.weight")}
+    with pytest.raises(PlanError, match=r"shared_gate\.weight is never written: no tensor"):
+        build_plan(index_of(tensors), which, facts_of(), decided([1, 2] if fused else []), shipped().formats)
+
+
 def test_what_the_loader_cannot_compute_is_refused_before_planning() -> None:
     for model, word in (
         ({"scoring_func": "sqrtsoftplus"}, "sqrtsoftplus"),
