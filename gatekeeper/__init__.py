@@ -6,7 +6,7 @@ from gatekeeper.decision import Decision, Decisions, LayerDecision, Outcome, ran
 from gatekeeper.errors import CheckpointError, FactError, Fault, GatekeeperError, RefusedError, RuleError
 from gatekeeper.facts import Facts, Runner, from_record
 from gatekeeper.families import Family, MoeTensors, find_moe_layers
-from gatekeeper.formats import Format, PartSpec, Signature, Storage
+from gatekeeper.formats import Format, PartSpec, Signature, Storage, Term
 from gatekeeper.lean import CompiledFeature
 from gatekeeper.load import load_rules, parse_rule_set
 from gatekeeper.reading import join, open_target, read_facts, runners_of
@@ -39,6 +39,7 @@ __all__ = [
     "Signature",
     "Storage",
     "TensorInfo",
+    "Term",
     "Value",
     "Values",
     "decide",
