@@ -5,12 +5,14 @@ from gatekeeper.decide import decide
 from gatekeeper.decision import Decision, Decisions, LayerDecision, Outcome, ranges
 from gatekeeper.errors import CheckpointError, FactError, Fault, GatekeeperError, RefusedError, RuleError
 from gatekeeper.facts import Facts, Runner, from_record
-from gatekeeper.families import Family, MoeTensors, find_moe_layers
-from gatekeeper.formats import Format, Storage
+from gatekeeper.families import Family
+from gatekeeper.formats import Format, PartSpec, Signature, Storage, Term
 from gatekeeper.lean import CompiledFeature
 from gatekeeper.load import load_rules, parse_rule_set
+from gatekeeper.moe_tensors import MoeTensors, find_moe_layers
 from gatekeeper.reading import join, open_target, read_facts, runners_of
 from gatekeeper.rules import RuleSet
+from gatekeeper.stacking import View
 from gatekeeper.values import ABSENT, UNKNOWN, Reading, Value, Values
 
 __all__ = [
@@ -30,15 +32,19 @@ __all__ = [
     "LayerDecision",
     "MoeTensors",
     "Outcome",
+    "PartSpec",
     "Reading",
     "RefusedError",
     "RuleError",
     "RuleSet",
     "Runner",
+    "Signature",
     "Storage",
     "TensorInfo",
+    "Term",
     "Value",
     "Values",
+    "View",
     "decide",
     "find_moe_layers",
     "from_record",

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
-from gatekeeper.checkpoint import Index, TensorInfo
-from gatekeeper.errors import CheckpointError, FactError, Fault, RuleError, Where
+from gatekeeper.errors import FactError, Fault, RuleError, Where
 from gatekeeper.expressions import Expression, parse_expression
 from gatekeeper.source import Document
-from gatekeeper.values import UNKNOWN, Missing, Value, Values
+from gatekeeper.stacking import Stacking
+from gatekeeper.values import UNKNOWN, Values
 from gatekeeper.waivers import Waiver, read_waivers
 
 Role = Literal["main", "mtp"]
@@ -21,8 +18,6 @@ Role = Literal["main", "mtp"]
 MAX_LAYERS = 10_000
 """A config.json that claims more layers or draft layers than this is broken or hostile."""
 MAX_EXPERTS = 100_000
-STACKED = ("gate_up", "gate", "up", "down")
-"""Tensors that may hold a projection of all experts at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +30,10 @@ class Names:
     """Of draft (MTP) layers; `{layer}` counts on after the last layer, `{draft}` from 0. Empty: none has experts."""
     routed: str = ""
     """One expert's projection below the block: `experts.{expert}.{projection}`."""
-    stacked: Mapping[str, Any] | None = None
-    """Where all experts are in one tensor instead: `module`, `gate_up` or `gate` and `up`, `down`, `transposed`,
-    `interleaved`."""
+    stacked: Stacking | None = None
+    """Where all experts are in one tensor instead; a family may have both, and each checkpoint one of them."""
+    expert_bias: str = ""
+    """Suffix of the experts' biases, `bias`: `experts.0.up_proj.bias` or `experts.down_proj_bias`; empty: none."""
     shared: str = ""
     """`shared_experts.{projection}`; empty where there is no shared expert."""
     projections: Mapping[str, str] = field(default_factory=dict)
@@ -68,9 +64,13 @@ class Names:
         names = self.shared_projections.values() if self.shared else ()
         return tuple(f"{block}.{self.shared.format(projection=name)}" for name in names)
 
+    def announced_stack(self, block: str) -> str:
+        """The module that config.json may name for all routed experts; none where they are usually one by one."""
+        return self.stacked_module(block) if self.stacked and (self.stacked.usual or not self.routed) else ""
+
     def stacked_module(self, block: str) -> str:
         """The module that holds all routed experts in one, where the family may have them so."""
-        return f"{block}.{self.stacked['module']}" if self.stacked else ""
+        return f"{block}.{self.stacked.module}" if self.stacked else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,9 @@ class Family:
     """True for the layers with experts; reads `model.*` and `layer.index`."""
     names: Names
     router: Mapping[str, Any]
-    """What the loader needs beyond `model.*`; see ``schema/family.schema.json``."""
+    """What the loader's router needs beyond `model.*`; see ``schema/family.schema.json``."""
+    experts: Mapping[str, Any]
+    """What the loader's experts need beyond `model.*`; see there too."""
     ue8m0_scales: str
     """How the family stores FP8 block scales that are powers of two: `fp32` (as numbers) or `e8m0` (as bytes)."""
     loads_fused_shared: bool
@@ -124,7 +126,8 @@ class Family:
             layers=tuple(raw["layers"]),
             draft_layers=tuple(raw.get("draft_layers", ())),
             routed=raw.get("routed", ""),
-            stacked=raw.get("stacked"),
+            stacked=Stacking.parse(raw["stacked"]) if "stacked" in raw else None,
+            expert_bias=raw.get("expert_bias", ""),
             shared=raw.get("shared", ""),
             projections=dict(raw.get("projections", {})),
             shared_projections=dict(raw.get("shared_projections") or raw.get("projections", {})),
@@ -145,6 +148,7 @@ class Family:
             moe_layer=moe_layer,
             names=names,
             router=data.get("router", {}),
+            experts=data.get("experts", {}),
             ue8m0_scales=data.get("ue8m0_scales", "fp32"),
             loads_fused_shared=data.get("loads_fused_shared", False),
             gateless=data.get("gateless", {}),
@@ -186,11 +190,13 @@ def select_family(
 ) -> Family | None:
     """The family of a model: a wrapper's match beats a model type's, which beats an architecture's.
 
-    DeepSeek V3, Kimi K2 and Kimi K2.5 share one architecture. Of `model_types` the first that matches counts. Raises
+    DeepSeek V3, Kimi K2 and Kimi K2.5 share one architecture. A language model without an architecture of its own goes
+    by its wrapper's, so that one may be a wrapper too. Of `model_types` the first that matches counts. Raises
     `FactError` where two families match equally well.
     """
+    wrapper = wrapper_architecture or architecture
     for found in (
-        [f for f in families if wrapper_architecture in f.wrapper_architectures],
+        [f for f in families if wrapper in f.wrapper_architectures],
         *([f for f in families if model_type in f.model_types] for model_type in model_types),
         [f for f in families if architecture in f.architectures],
     ):
@@ -211,145 +217,3 @@ def overlaps(families: Sequence[Family]) -> list[str]:
                 both = sorted(getattr(one, what) & getattr(other, what))
                 problems += [f"families `{one.name}` and `{other.name}` both match {what} `{name}`" for name in both]
     return problems
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MoeTensors:
-    """The tensors of one MoE layer, as an index has them; what is missing there is missing here."""
-
-    index: int
-    name: str
-    """Dotted prefix of the MoE block: `language_model.model.layers.3.mlp`."""
-    role: Role
-    routed: tuple[Mapping[str, Mapping[str, TensorInfo]], ...]
-    """For each expert: projection (`gate`, `up`, `down`) to suffix (`weight_packed`) to tensor."""
-    stacked: Mapping[str, Mapping[str, TensorInfo]]
-    """Where experts are stacked: `gate_up` (or `gate`, `up`) and `down` to suffix to tensor; `routed` is empty then."""
-    shared: Mapping[str, Mapping[str, TensorInfo]] | None
-    router: TensorInfo | None
-    router_bias: TensorInfo | None
-    shared_gate: TensorInfo | None
-
-
-@dataclass(slots=True)
-class _Found:
-    """One layer while its tensors are being collected."""
-
-    name: str
-    routed: dict[int, dict[str, dict[str, TensorInfo]]] = field(default_factory=lambda: defaultdict(_nested))
-    stacked: dict[str, dict[str, TensorInfo]] = field(default_factory=lambda: defaultdict(dict))
-    shared: dict[str, dict[str, TensorInfo]] = field(default_factory=lambda: defaultdict(dict))
-    single: dict[str, TensorInfo] = field(default_factory=dict)
-
-
-def _nested() -> dict[str, dict[str, TensorInfo]]:
-    return defaultdict(dict)
-
-
-def find_moe_layers(index: Index, family: Family, values: Values) -> tuple[MoeTensors, ...]:
-    """Sort the tensors of `index` by MoE layer and expert, main layers first, after the names of `family`.
-
-    A layer counts as MoE where routed experts of it are there. Experts that are missing below the highest number (or
-    `model.n_routed_experts`) are empty mappings, so that positions are expert numbers. Raises `CheckpointError` where
-    one layer goes by two prefixes or an expert's number can't be true.
-    """
-    main_layers = values.get("model.num_hidden_layers", UNKNOWN)
-    blocks = [(_template(t), "main") for t in family.names.layers]
-    blocks += [(_template(t), "mtp") for t in family.names.draft_layers]
-    below = _below(family.names)
-    of_routed = {name: projection for projection, name in family.names.projections.items()}
-    of_shared = {name: projection for projection, name in family.names.shared_projections.items()}
-    found: dict[tuple[Role, int], _Found] = {}
-    for name, info in index.tensors.items():
-        placed = _place(name, blocks, main_layers)
-        if placed is None:
-            continue
-        role, number, block, rest = placed
-        for kind, pattern in below:
-            match = pattern.fullmatch(rest)
-            if match is None:
-                continue
-            layer = found.setdefault((role, number), _Found(block))
-            if layer.name != block:
-                raise CheckpointError(
-                    f"layer {number} has tensors under `{layer.name}` and under `{block}`; one layer has one name"
-                )
-            groups = match.groupdict()
-            if kind == "routed":
-                expert = int(groups["expert"])
-                if expert >= MAX_EXPERTS:
-                    raise CheckpointError(f"{info.shard}: `{name}` is of expert {expert}, more than {MAX_EXPERTS}")
-                layer.routed[expert][of_routed[groups["projection"]]][groups["suffix"]] = info
-            elif kind == "shared":
-                layer.shared[of_shared[groups["projection"]]][groups["suffix"]] = info
-            elif kind in STACKED:
-                layer.stacked[kind][groups["suffix"] or "weight"] = info
-            else:
-                layer.single[kind] = info
-            break
-    return tuple(
-        _finished(role, number, layer, values.get("model.n_routed_experts", UNKNOWN))
-        for (role, number), layer in sorted(found.items())
-        if layer.routed or layer.stacked
-    )
-
-
-def _finished(role: Role, number: int, layer: _Found, declared: Value | Missing) -> MoeTensors:
-    count = max(layer.routed, default=-1) + 1
-    if layer.routed and isinstance(declared, int) and declared <= MAX_EXPERTS:
-        count = max(count, declared)
-    return MoeTensors(
-        index=number,
-        name=layer.name,
-        role=role,
-        routed=tuple(MappingProxyType(dict(layer.routed[e])) if e in layer.routed else {} for e in range(count)),
-        stacked=dict(layer.stacked),
-        shared=dict(layer.shared) or None,
-        router=layer.single.get("router"),
-        router_bias=layer.single.get("router_bias"),
-        shared_gate=layer.single.get("shared_gate"),
-    )
-
-
-def _template(template: str) -> re.Pattern[str]:
-    """`model.layers.{layer}.mlp` as a pattern of what stands before the dot, and of the rest behind it."""
-    text = re.escape(template).replace(r"\{layer\}", r"(?P<layer>\d{1,9})").replace(r"\{draft\}", r"(?P<draft>\d{1,9})")
-    return re.compile(rf"(?P<block>{text})\.(?P<rest>.+)", re.DOTALL)
-
-
-def _below(names: Names) -> list[tuple[str, re.Pattern[str]]]:
-    def pattern(template: str, projections: Mapping[str, str]) -> re.Pattern[str]:
-        one_of = "|".join(map(re.escape, projections.values()))
-        text = re.escape(template).replace(r"\{expert\}", r"(?P<expert>\d{1,9})")
-        return re.compile(text.replace(r"\{projection\}", f"(?P<projection>{one_of})") + r"\.(?P<suffix>[^.]+)")
-
-    found: list[tuple[str, re.Pattern[str]]] = []
-    if names.routed:
-        found.append(("routed", pattern(names.routed, names.projections)))
-    if names.shared:
-        found.append(("shared", pattern(names.shared, names.shared_projections)))
-    for kind in STACKED:
-        if names.stacked and kind in names.stacked:
-            # One parameter of the module, or with parts: `gate_up_proj`, `gate_up_proj_scales`, `gate_up_proj.weight`.
-            found.append((kind, re.compile(re.escape(names.stacked[kind]) + r"(?:[._](?P<suffix>[^.]+))?")))
-    singles = (("router", names.router), ("router_bias", names.router_bias), ("shared_gate", names.shared_gate))
-    return found + [(kind, re.compile(re.escape(text))) for kind, text in singles if text]
-
-
-def _place(
-    name: str, blocks: Sequence[tuple[re.Pattern[str], str]], main_layers: Value | Missing
-) -> tuple[Role, int, str, str] | None:
-    """Role, layer number, block and what stands below it, of a tensor in some layer's MoE block."""
-    first_draft = main_layers if isinstance(main_layers, int) else None
-    for pattern, kind in blocks:
-        match = pattern.fullmatch(name)
-        if match is None:
-            continue
-        groups = match.groupdict()
-        if groups.get("draft") is not None:
-            return "mtp", (first_draft or 0) + int(groups["draft"]), match["block"], match["rest"]
-        number = int(groups["layer"])
-        is_draft = first_draft is not None and number >= first_draft
-        if is_draft == (kind == "mtp"):
-            return ("mtp" if is_draft else "main"), number, match["block"], match["rest"]
-    return None

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from gatekeeper import ranges
+from gatekeeper import View, ranges
+from loader.activation import ExpertConfig
 from loader.checkpoint import dtype_name
 from loader.costs import FusionCost, RankBytes
-from loader.formats.base import Span
+from loader.formats.base import Layout, Span
 from loader.moe import RouterConfig
 from loader.text import count, human
 
@@ -29,7 +31,28 @@ class Placement:
     rows: Span
     """Rows of the slot: gate_proj fills (0, F), up_proj (F, 2 * F), down_proj (0, D), in stored rows."""
     source: tuple[Span, Span] | None = None
-    """Rows and columns of the tensor, in stored items; None: all of it."""
+    """Rows and columns of the tensor, or of what `view` shows of it, in stored items; None: all of it."""
+    again: bool = False
+    """Whether another slot took the same: a scale of a whole matrix goes to each slot with a part of that matrix."""
+    view: View | None = None
+    """Where the expert's matrix is in a tensor that holds those of all experts; None: the tensor is the matrix."""
+
+    def cut(self, tensor: Tensor, axes: int) -> Tensor:
+        """What of the tensor fills the rows, with so many axes: a vector is a column in memory, a scalar 1 x 1.
+
+        Shares the tensor's memory.
+        """
+        block = tensor
+        if self.view is not None:
+            block = block[self.view.item]
+            block = block.flatten(1) if block.dim() > 2 else block
+            block = block.T if self.view.transposed else block
+            block = block[self.view.rows.start : self.view.rows.stop : self.view.rows.step]
+        block = block if block.dim() >= axes else block.reshape(-1, 1)
+        if self.source is not None:
+            (top, bottom), (left, right) = self.source
+            block = block[top:bottom, left:right]
+        return block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +94,12 @@ class LayerPlan:
     """``mtp`` for a draft layer."""
     backend: str
     """Kernel of the experts: ``eager``."""
-    format: str
-    """Storage of the stacked experts: ``int4_g32``."""
+    layout: Layout
+    """How the checkpoint stores the experts in the stack."""
     shared: Literal["slot", "separate", "none"]
     """Where the shared expert goes."""
-    shared_format: str | None
-    """Storage of a shared expert on its own: ``bf16``; None where it has none of its own."""
+    shared_layout: Layout | None
+    """How it stores a shared expert on its own; None where there is none on its own."""
     n_routed: int
     """Routed experts E: 384."""
     n_shared: int
@@ -97,6 +120,18 @@ class LayerPlan:
     """What fills it; every row of every slot exactly once."""
     notes: tuple[ShapeNote, ...]
     """Tensors that are only compared."""
+    unused: tuple[str, ...] = ()
+    """Tensors that a layer's weights have no use for, by name: scales of quantized activations."""
+
+    @property
+    def format(self) -> str:
+        """Storage of the stacked experts: ``int4_g32``."""
+        return self.layout.name
+
+    @property
+    def shared_format(self) -> str | None:
+        """Storage of a shared expert on its own: ``bf16``."""
+        return None if self.shared_layout is None else self.shared_layout.name
 
     @property
     def n_slots(self) -> int:
@@ -119,6 +154,8 @@ class Plan:
     """``target`` or ``draft``."""
     router: RouterConfig
     """How tokens choose experts, the same in all layers."""
+    experts: ExpertConfig
+    """What an expert computes, the same in all layers."""
     layers: tuple[LayerPlan, ...]
     """MoE layers of this runner, by index."""
     per_rank: RankBytes
@@ -153,6 +190,8 @@ class Plan:
         yield f"{self.runner}: {count(len(self.layers), 'MoE layer')} of {self.family}"
         for text, indices in _alike(self.layers).items():
             yield f"  {'layer' if len(indices) == 1 else 'layers'} {ranges(indices)}: {text}"
+        if unused := sum(len(layer.unused) for layer in self.layers):
+            yield f"  {count(unused, 'tensor')} of quantized activations not used: only weights are quantized here"
         yield f"  {n} placements, {human(self.nbytes)} in all; {self.per_rank.text()}"
         yield f"  {self.fusion.text()}"
 
@@ -196,7 +235,9 @@ def _layer_json(layer: LayerPlan, tensors: bool) -> dict[str, Any]:
         {"name": p.name, "shape": list(p.shape), "dtype": dtype_name(p.dtype), "bytes": p.nbytes} for p in layer.params
     ]
     answer["placements"] = len(layer.placements)
+    answer["unused"] = len(layer.unused)
     if tensors:
+        answer["unused_tensors"] = list(layer.unused)
         answer["tensors"] = [
             {
                 "key": p.key,
@@ -204,6 +245,12 @@ def _layer_json(layer: LayerPlan, tensors: bool) -> dict[str, Any]:
                 "expert": p.expert,
                 "rows": list(p.rows),
                 "source": p.source and [list(s) for s in p.source],
+                "view": p.view
+                and {
+                    "item": p.view.item,
+                    "rows": [p.view.rows.start, p.view.rows.stop, p.view.rows.step],
+                    "transposed": p.view.transposed,
+                },
             }
             for p in layer.placements
         ]

@@ -6,30 +6,38 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gatekeeper import CheckpointError, Decision, Facts, Family, Index, MoeTensors, find_moe_layers
+from gatekeeper import CheckpointError, Decision, Facts, Family, Format, Index, MoeTensors, find_moe_layers, load_rules
 from loader import obey
 from loader.accounts import Ledger
 from loader.costs import fusion_cost, rank_bytes
 from loader.errors import PlanError, PlanFault
 from loader.layer_plan import Widths, plan_layer
 from loader.plan import LayerPlan, Plan
-from loader.routing import router_config
+from loader.routing import expert_config, router_config
 
 ROLES = {"target": "main", "draft": "mtp"}
 
 
-def build_plan(index: Index, family: Family, facts: Facts, decisions: Mapping[str, Decision]) -> Plan:
+def build_plan(
+    index: Index,
+    family: Family,
+    facts: Facts,
+    decisions: Mapping[str, Decision],
+    formats: Mapping[str, Format] | None = None,
+) -> Plan:
     """Say where every expert, router and shared tensor of the layers of `facts.runner` goes.
 
     A layer's shared expert fills slots where `shared_experts_fusion` is on in that layer, and stays on its own
-    everywhere else. Raises `PlanError` with every tensor and slot that does not work out, `CheckpointError` where
-    config.json has no sizes to plan with or the family is one that this loader can't compute.
+    everywhere else. `formats` are those of a rule set, the shipped one by default. Raises `PlanError` with every tensor
+    and slot that does not work out, `CheckpointError` where config.json has no sizes to plan with or the family is one
+    that this loader can't compute.
     """
     tensors = runner_layers(index, family, facts)
+    formats = load_rules().formats if formats is None else formats
     _require_supported(family)
-    router = router_config(family, facts.values)
+    router, experts = router_config(family, facts.values), expert_config(family, facts.values)
     widths = _widths(facts.values)
-    _require_plausible(widths, index)
+    _require_plausible(widths, index, tensors)
     faults = _layer_faults(family, facts, tensors)
     layers: list[LayerPlan] = []
     for layer in tensors:
@@ -39,8 +47,9 @@ def build_plan(index: Index, family: Family, facts: Facts, decisions: Mapping[st
             layer,
             widths,
             fused_slots=obey.fused_slots(decisions, layer.index),
-            router_bias=bool(family.names.router_bias),
+            router_bias=router.bias_parameter if family.names.router_bias else None,
             backend=obey.backend(decisions, layer.index),
+            formats=formats,
         )
         faults += found
         layers += [] if plan is None else [plan]
@@ -53,6 +62,7 @@ def build_plan(index: Index, family: Family, facts: Facts, decisions: Mapping[st
         family=family.name,
         runner=facts.runner,
         router=router,
+        experts=experts,
         layers=tuple(layers),
         per_rank=rank_bytes(layers, tp_size, ep_size),
         fusion=fusion_cost(layers, tp_size, ep_size),
@@ -68,10 +78,10 @@ def runner_layers(index: Index, family: Family, facts: Facts) -> tuple[MoeTensor
 
 def _require_supported(family: Family) -> None:
     names = family.names
-    if not names.routed or set(names.projections) != {"gate", "up", "down"} or not names.router:
+    if set(names.projections) != {"gate", "up", "down"} or not names.router:
         raise CheckpointError(
-            f"family `{family.name}` stores its experts in a way that this loader does not read; it reads one tensor "
-            "an expert for each of gate, up and down"
+            f"family `{family.name}` has experts of a kind that this loader does not compute; it computes those with "
+            "gate, up and down, behind a router"
         )
 
 
@@ -95,10 +105,11 @@ def _widths(values: Mapping[str, Any]) -> Widths:
     )
 
 
-def _require_plausible(widths: Widths, index: Index) -> None:
+def _require_plausible(widths: Widths, index: Index, layers: Sequence[MoeTensors]) -> None:
     """Refuse counts that no checkpoint of this size can have, before anything is done that many times."""
+    stacked = max((layer.n_experts for layer in layers if layer.stacked), default=0)
     for name, count in (("n_routed_experts", widths.n_routed), ("n_shared_experts", widths.n_shared)):
-        if count > len(index.tensors):
+        if count > max(len(index.tensors), stacked):
             raise CheckpointError(
                 f"config.json has `{name}` {count}, the checkpoint only {len(index.tensors)} tensors; correct either"
             )
@@ -146,13 +157,14 @@ def _balance(plan: LayerPlan, index: Index) -> None:
         for param in plan.params
         for expert in (range(param.shape[0]) if ".experts." in param.name or ".shared." in param.name else [None])
     }
-    keys = {placement.key for placement in plan.placements} | {note.key for note in plan.notes}
+    keys = {placement.key for placement in plan.placements} | {note.key for note in plan.notes} | set(plan.unused)
     keys |= {name for name in index.tensors if name.startswith(f"{plan.name}.")}
     ledger = Ledger(slots, {key: index.tensors[key].shape for key in keys})
     for placement in plan.placements:
-        ledger.write((placement.param, placement.expert), placement.rows, placement.key, placement.source)
-    for note in plan.notes:
-        ledger.read(note.key)
+        slot = (placement.param, placement.expert)
+        ledger.write(slot, placement.rows, placement.key, placement.source, placement.again, placement.view)
+    for key in (*(note.key for note in plan.notes), *plan.unused):
+        ledger.read(key)
     problems = ledger.faults()
     if problems:
         raise PlanError(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from gatekeeper.catalogue import Catalogue
 from gatekeeper.checkpoint import Index, TensorInfo
 from gatekeeper.errors import FactError
-from gatekeeper.families import Family, MoeTensors, find_moe_layers
+from gatekeeper.families import Family
 from gatekeeper.formats import Format, Storage, recognise
+from gatekeeper.moe_tensors import MoeTensors, find_moe_layers
 from gatekeeper.providers.config import ConfigFile, settled
 from gatekeeper.providers.quantization import LayerReader
+from gatekeeper.stacking import PROJECTIONS_OF
 from gatekeeper.values import ABSENT, UNKNOWN, Reading, Readings, Values
 
 Expert = Mapping[str, Mapping[str, TensorInfo]]
@@ -89,15 +90,21 @@ def _witness(experts: Sequence[Expert]) -> str:
 def _layer(one: MoeTensors, reader: LayerReader, recognised: _Recogniser, config: ConfigFile) -> Layer:
     names = reader.family.names
     witness = _witness(one.routed or (one.stacked,))
-    experts = range(len(one.routed)) if len(reader.experts) > len(one.routed) else reader.experts
+    is_stack = bool(one.stacked) and not one.routed
+    experts = reader.experts if is_stack or len(reader.experts) <= len(one.routed) else range(len(one.routed))
     layer: Layer = {
         "layer.index": Reading(one.index, witness),
         "layer.name": Reading(one.name, witness),
         "layer.role": Reading(one.role, witness),
-        **reader.group("routed", names.routed_modules(one.name, experts), names.stacked_module(one.name)),
+        # A stack may be listed by its own name or by those of all its experts.
+        **reader.group(
+            "routed",
+            names.routed_modules(one.name, experts),
+            names.stacked_module(one.name) if is_stack else "",
+        ),
         **reader.group("shared", names.shared_modules(one.name) if one.shared else ()),
     }
-    stored = {"routed": recognised.stacked(one) if one.stacked and not one.routed else recognised.routed(one)}
+    stored = {"routed": recognised.stacked(one) if is_stack else recognised.routed(one)}
     if one.shared:
         stored["shared"] = recognised.shared(one)
     for kind, reading in stored.items():
@@ -178,37 +185,11 @@ class _Recogniser:
     def stacked(self, layer: MoeTensors) -> Reading:
         """The storage of experts that are stacked in one tensor, as if each had tensors of its own."""
         witness = _witness((layer.stacked,))
-        sliced = _slice(layer.stacked, self.family.names.stacked or {})
-        if sliced is None:
-            return Reading(UNKNOWN, witness, "these stacked experts can't be taken apart")
-        storage, reason = self._storage(sliced)
+        first = layer.expert(0)
+        for kind, parts in layer.stacked.items():
+            if any(first.get(projection, {}).keys() != parts.keys() for projection in PROJECTIONS_OF[kind]):
+                return Reading(UNKNOWN, witness, f"these stacked experts can't be taken apart, `{kind}`")
+        storage, reason = self._storage(first)
         if storage is None:
             return Reading(UNKNOWN, witness, f"stacked experts: {reason}")
         return Reading(storage.record(), witness)
-
-
-def _slice(stacked: Expert, layout: Mapping[str, object]) -> Expert | None:
-    """Shapes of one expert's gate, up and down, from `(E, 2F, D)` and `(E, D, F)`; their bytes are the whole stack's.
-
-    Interleaved gate and up rows have these shapes too; transposed stacks are `(E, D, 2F)` and `(E, F, D)`.
-    """
-
-    def one(info: TensorInfo, halve: bool) -> TensorInfo | None:
-        if len(info.shape) not in (2, 3) or (halve and len(info.shape) == 2):
-            return None
-        shape = info.shape[1:]
-        if layout.get("transposed") and len(shape) == 2:
-            shape = shape[::-1]
-        if halve and shape[0] % 2:
-            return None
-        return replace(info, shape=(shape[0] // 2, *shape[1:]) if halve else shape)
-
-    result: dict[str, dict[str, TensorInfo]] = {"gate": {}, "up": {}, "down": {}}
-    for kind, tensors in stacked.items():
-        for suffix, info in tensors.items():
-            sliced = one(info, kind == "gate_up")
-            if sliced is None:
-                return None
-            for projection in ("gate", "up") if kind == "gate_up" else (kind,):
-                result[projection][suffix] = sliced
-    return result

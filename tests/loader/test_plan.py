@@ -13,13 +13,14 @@ from gatekeeper import CheckpointError, TensorInfo
 from loader import Plan, PlanError, build_plan
 from loader.accounts import Ledger
 from loader.build import assemble
+from loader.formats import FORMATS
 from tests.loader.fakes import decided, facts_of, family, index_of, layout, named_after, shipped, tensor
 
 SHARED = "model.layers.{}.mlp.shared_experts.{}_proj.{}"
 
 
 def plan(tensors: dict[str, TensorInfo], decisions: object = None, name: str = "deepseek_v3", **model: object) -> Plan:
-    return build_plan(index_of(tensors), family(name), facts_of(**model), decisions or {})
+    return build_plan(index_of(tensors), family(name), facts_of(**model), decisions or {}, shipped().formats)
 
 
 def faults(tensors: dict[str, TensorInfo], decisions: object = None, **model: object) -> PlanError:
@@ -210,11 +211,20 @@ def test_the_router_needs_its_bias() -> None:
     assert "router.e_score_correction_bias is never written" in str(faults(tensors))
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+def test_a_shared_expert_needs_the_gate_that_its_family_has(fused: bool) -> None:
+    which = dataclasses.replace(family("qwen2_moe"), moe_layer=family("deepseek_v3").moe_layer)
+    tensors = {n: i for n, i in named_after(which).items() if not n.endswith("1.mlp.shared_expert_gate.weight")}
+    with pytest.raises(PlanError, match=r"shared_gate\.weight is never written: no tensor"):
+        build_plan(index_of(tensors), which, facts_of(), decided([1, 2] if fused else []), shipped().formats)
+
+
 def test_what_the_loader_cannot_compute_is_refused_before_planning() -> None:
     for model, word in (
         ({"scoring_func": "sqrtsoftplus"}, "sqrtsoftplus"),
         ({"hidden_act": "relu2"}, "relu2"),
-        ({"swiglu_limit": 7.0}, "swiglu_limit"),
+        ({"swiglu_limits": (7.0, 0.0)}, "swiglu_limits"),
+        ({"hidden_act": "gelu_pytorch_tanh", "swiglu_alpha": 1.7}, "swiglu_alpha"),
         ({"moe_latent_size": 32}, "moe_latent_size"),
         ({"n_group": 3, "topk_group": 1}, "4 experts can't be in 3 groups"),
         ({"num_experts_per_tok": 5}, "top 5"),
@@ -223,8 +233,8 @@ def test_what_the_loader_cannot_compute_is_refused_before_planning() -> None:
             plan(layout(), **model)
     with pytest.raises(CheckpointError, match="does not give `hidden_size`"):
         plan(layout(), hidden_size=None)
-    with pytest.raises(CheckpointError, match="in a way that this loader does not read"):
-        plan(layout(), name="gpt_oss")
+    with pytest.raises(CheckpointError, match="a kind that this loader does not compute"):
+        plan(layout(), name="nemotron_h")
 
 
 # -- bytes and printing ---------------------------------------------------------------------------------------------
@@ -306,11 +316,15 @@ def test_a_family_needs_no_python(name: str, fused: bool) -> None:
     facts = facts_of(n_shared_experts=int(has_shared))
     # Whatever this family says of its layers in config.json, the two that are there are the ones it has.
     which = dataclasses.replace(which, moe_layer=family("deepseek_v3").moe_layer)
-    found = build_plan(index_of(tensors), which, facts, decided([1, 2] if fused and has_shared else []))
+    found = build_plan(
+        index_of(tensors), which, facts, decided([1, 2] if fused and has_shared else []), shipped().formats
+    )
     assert {p.key for p in found.placements} == set(tensors)
     assert {layer.shared for layer in found.layers} == {"none" if not has_shared else "slot" if fused else "separate"}
     for layer in found.layers:
-        assert assemble(layer, found.router).layer.index == layer.index, "its modules have the plan's parameters"
+        assert assemble(layer, found.router, found.experts).layer.index == layer.index, (
+            "its modules have the plan's parameters"
+        )
 
 
 def test_hostile_counts_are_refused_before_anything_is_done_that_often() -> None:
@@ -323,7 +337,7 @@ def test_hostile_counts_are_refused_before_anything_is_done_that_often() -> None
 
 layouts = st.fixed_dictionaries(
     {
-        "routed": st.sampled_from(["bf16", "fp16", "int4_g32", "mxfp4", "fp8_block"]),
+        "routed": st.sampled_from(sorted(FORMATS)),
         "experts": st.integers(2, 5),
         "width": st.sampled_from([32, 64]),
         "hidden": st.sampled_from([32, 64, 96]),
@@ -365,7 +379,7 @@ def test_any_one_tensor_deleted_doubled_or_renamed_is_named(
         del changed[name]
         changed[f"{name}_x"] = dataclasses.replace(info, name=f"{name}_x")
     elif action == "reshape":
-        changed[name] = dataclasses.replace(info, shape=(*info.shape[:-1], info.shape[-1] + 1))
+        changed[name] = dataclasses.replace(info, shape=(*info.shape[:-1], info.shape[-1] + 1) if info.shape else (2,))
     else:
         changed[name] = dataclasses.replace(info, dtype="C64")
     error = faults(changed, decisions, **model)
