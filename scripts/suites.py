@@ -38,6 +38,7 @@ class Suite:
     environment: Mapping[str, str] = field(default_factory=dict)
     requirements: str | None = None
     needs: Mapping[str, str] = field(default_factory=dict)
+    processes: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +175,8 @@ def run_suite(suite: Suite) -> Result:
         report = Path(scratch) / "report.xml"
         command = suite.command
         if suite.marker:
-            command = (sys.executable, "-m", "pytest", "-q", "-m", suite.marker, f"--junitxml={report}")
+            spread = ("-n", str(suite.processes)) if suite.processes > 1 else ()
+            command = (sys.executable, "-m", "pytest", "-q", *spread, "-m", suite.marker, f"--junitxml={report}")
         print(f"\n== {suite.name}: {suite.summary}\n$ {shlex.join(command)}", flush=True)
         began = time.monotonic()
         status = run_within(command, environment, suite.budget)
