@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks import handwritten
+from benchmarks.handwritten import show
 from gatekeeper.catalogue import Catalogue
-from gatekeeper.conditions import All, Any_, Condition, FactRef, Not, Test
+from gatekeeper.conditions import ALWAYS, All, Any_, Condition, FactRef, Not, Test, facts_of
 from gatekeeper.operators import NEGATED
-from gatekeeper.rules import Feature, Gate
+from gatekeeper.rules import Feature, Gate, Requirement
 from gatekeeper.values import ABSENT, plain
 
 Formula = tuple[Any, ...]
@@ -27,10 +30,11 @@ class Formulas:
     """The formulas of a gate's decision and of its requirements."""
 
     def __init__(self, catalogue: Catalogue, feature: Feature, gate: Gate) -> None:
-        self.catalogue = catalogue
+        self.catalogue, self.force = catalogue, str(feature.request.force)
         demands = [(one.waivable, *self._requirement(one.when, one.that)) for one in gate.requires]
-        self.requirements = [pair for _, *pair in demands]
-        """Of each requirement, whether it surely holds and whether it surely fails."""
+        idle = [self.sure(one.when, False) if one.when != ALWAYS else None for one in gate.requires]
+        self.requirements = [(holds, fails, i) for (_, holds, fails), i in zip(demands, idle, strict=True)]
+        """Of each requirement, whether it surely holds, surely fails, and (None: always does) surely does not apply."""
         applies, foreign = self.sure(gate.applies_to, True), self.sure(gate.applies_to, False)
         force, forbid = _flat(feature.request.force), _flat(feature.request.forbid)
         forced, forbidden = ("==", force, True), ("==", forbid, True)
@@ -46,6 +50,11 @@ class Formulas:
             "on": ("and", [("not", forbidden), *asked, applies, *holds]),
         }
         """Of each state, when it is decided; none of them: pending."""
+
+    @property
+    def flat(self) -> list[Formula]:
+        """All formulas of `requirements`, one after the other."""
+        return [one for three in self.requirements for one in three if one is not None]
 
     def decision(self) -> Formula:
         """The state as one formula."""
@@ -176,16 +185,53 @@ class Peer:
     prepare: Callable[[dict[str, Any]], Any]
     """Facts to what the engine takes; not part of the time."""
     state: Callable[[Any], str]
-    truths: Callable[[Any], list[tuple[bool, bool]]]
-    """Of each requirement, whether it surely holds and surely fails: no sentence is made, which favours the peer."""
+    truths: Callable[[Any], Sequence[Any]]
+    """The truth of each of `Formulas.flat`."""
 
 
-def _pairs(flat: Any) -> list[tuple[bool, bool]]:
-    return [(bool(holds), bool(fails)) for holds, fails in zip(flat[::2], flat[1::2], strict=True)]
+class Answers:
+    """What no peer gives and each user of one has to add: ids, states, sentences and values, from truths alone."""
+
+    def __init__(self, formulas: Formulas, gate: Gate) -> None:
+        self._force = formulas.force
+        self._rows = [
+            (one.id, one.waivable, idle is not None, _parts(one.reason), _facts_of(one, formulas.catalogue))
+            for one, (_, _, idle) in zip(gate.requires, formulas.requirements, strict=True)
+        ]
+
+    def __call__(self, values: Mapping[str, Any], truths: Sequence[Any]) -> list[Any]:
+        """Return what `handwritten.reasons` returns."""
+        get, truth, found = values.get, iter(truths), []
+        forced = get(self._force) is True
+        for name, waivable, may_idle, parts, facts in self._rows:
+            holds, fails = next(truth), next(truth)
+            if may_idle and next(truth):
+                found.append((name, "not_applicable", "", None))
+            elif holds:
+                found.append((name, "passed", "", None))
+            else:
+                state = "waived" if waivable and forced else "failed" if fails else "unknown"
+                words = [
+                    text
+                    if fact is None
+                    else handwritten.difference(values)
+                    if fact == "difference"
+                    else show(get(fact))
+                    for text, fact in parts
+                ]
+                found.append((name, state, "".join(words), {fact: get(fact) for fact in facts}))
+        return found
 
 
-def _flat_formulas(formulas: Formulas) -> list[Formula]:
-    return [one for pair in formulas.requirements for one in pair]
+def _parts(reason: str) -> list[tuple[str, str | None]]:
+    """A reason as texts and facts, in turn."""
+    pieces = re.split(r"\{([\w.]+)\}", reason)
+    return [("", piece) if position % 2 else (piece, None) for position, piece in enumerate(pieces)]
+
+
+def _facts_of(one: Requirement, catalogue: Catalogue) -> list[str]:
+    specs = [catalogue[name] for name in sorted(facts_of(All((one.when, one.that))))]
+    return [name for spec in specs for name in ([f"{spec.name}.{key}" for key in spec.fields] or [spec.name])]
 
 
 C_LIKE = {"and": "&&", "or": "||", "not": "!"}
@@ -195,33 +241,31 @@ WORDS = {"and": "and", "or": "or", "not": "not "}
 def rust_cel(formulas: Formulas, domain: Mapping[str, list[Any]]) -> Peer:
     cel = importlib.import_module("cel")
     state = cel.compile(infix(formulas.decision(), C_LIKE))
-    truths = cel.compile("[" + ", ".join(infix(one, C_LIKE) for one in _flat_formulas(formulas)) + "]")
+    truths = cel.compile("[" + ", ".join(infix(one, C_LIKE) for one in formulas.flat) + "]")
     return Peer(
         name="common-expression-language",
         prepare=dict,
         state=state.execute,
-        truths=lambda facts: _pairs(truths.execute(facts)),
+        truths=truths.execute,
     )
 
 
 def zen_engine(formulas: Formulas, domain: Mapping[str, list[Any]]) -> Peer:
     zen = importlib.import_module("zen")
     state = zen.compile_expression(infix(formulas.decision(), WORDS))
-    truths = zen.compile_expression("[" + ", ".join(infix(one, WORDS) for one in _flat_formulas(formulas)) + "]")
-    return Peer(
-        name="zen-engine", prepare=dict, state=state.evaluate, truths=lambda facts: _pairs(truths.evaluate(facts))
-    )
+    truths = zen.compile_expression("[" + ", ".join(infix(one, WORDS) for one in formulas.flat) + "]")
+    return Peer(name="zen-engine", prepare=dict, state=state.evaluate, truths=truths.evaluate)
 
 
 def jsonschema_rs(formulas: Formulas, domain: Mapping[str, list[Any]]) -> Peer:
     library = importlib.import_module("jsonschema_rs")
     states = [(word, library.validator_for(schema(one, domain)).is_valid) for word, one in formulas.states.items()]
-    every = library.validator_for({"allOf": [schema(one, domain) for one in _flat_formulas(formulas)]})
-    count = 2 * len(formulas.requirements)
+    every = library.validator_for({"allOf": [schema(one, domain) for one in formulas.flat]})
+    count = len(formulas.flat)
 
-    def truths(facts: Any) -> list[tuple[bool, bool]]:
+    def truths(facts: Any) -> list[bool]:
         failed = {error.schema_path[1] for error in every.iter_errors(facts)}
-        return _pairs([index not in failed for index in range(count)])
+        return [index not in failed for index in range(count)]
 
     return Peer(
         name="jsonschema-rs",
@@ -234,34 +278,32 @@ def jsonschema_rs(formulas: Formulas, domain: Mapping[str, list[Any]]) -> Peer:
 def rule_engine(formulas: Formulas, domain: Mapping[str, list[Any]]) -> Peer:
     library = importlib.import_module("rule_engine")
     state = library.Rule(infix(formulas.decision(), WORDS))
-    truths = library.Rule("[" + ", ".join(infix(one, WORDS) for one in _flat_formulas(formulas)) + "]")
-    return Peer(
-        name="rule-engine", prepare=dict, state=state.evaluate, truths=lambda facts: _pairs(truths.evaluate(facts))
-    )
+    truths = library.Rule("[" + ", ".join(infix(one, WORDS) for one in formulas.flat) + "]")
+    return Peer(name="rule-engine", prepare=dict, state=state.evaluate, truths=truths.evaluate)
 
 
 def cel_python(formulas: Formulas, domain: Mapping[str, list[Any]]) -> Peer:
     celpy = importlib.import_module("celpy")
     environment = celpy.Environment(runner_class=celpy.CompiledRunner)
     state = environment.program(environment.compile(infix(formulas.decision(), C_LIKE)))
-    listed = "[" + ", ".join(infix(one, C_LIKE) for one in _flat_formulas(formulas)) + "]"
+    listed = "[" + ", ".join(infix(one, C_LIKE) for one in formulas.flat) + "]"
     truths = environment.program(environment.compile(listed))
     return Peer(
         name="cel-python",
         prepare=lambda facts: {name: celpy.json_to_cel(value) for name, value in facts.items()},
         state=lambda facts: str(state.evaluate(facts)),
-        truths=lambda facts: _pairs(truths.evaluate(facts)),
+        truths=truths.evaluate,
     )
 
 
 def json_logic(formulas: Formulas, domain: Mapping[str, list[Any]]) -> Peer:
     apply = importlib.import_module("json_logic").jsonLogic
-    state, truths = jsonlogic(formulas.decision()), [jsonlogic(one) for one in _flat_formulas(formulas)]
+    state, truths = jsonlogic(formulas.decision()), [jsonlogic(one) for one in formulas.flat]
     return Peer(
         name="json-logic",
         prepare=dict,
         state=lambda facts: apply(state, facts),
-        truths=lambda facts: _pairs([apply(one, facts) for one in truths]),
+        truths=lambda facts: [apply(one, facts) for one in truths],
     )
 
 

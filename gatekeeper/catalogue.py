@@ -21,6 +21,8 @@ CHECKPOINT_GROUPS = frozenset({"model", "quant", "layer"})
 """Groups whose facts are read from the checkpoint; nobody sets them by hand."""
 FEATURE_GROUP = "feature"
 """The group of what other features came to; nobody gives or declares these facts."""
+FAMILY_FACT = "model.family"
+"""Its values are the rule set's families."""
 STAGES = ("config", "checkpoint", "platform", "layout")
 """When facts can be known, in order; where the catalogue does not say, the group does."""
 _STAGE_OF = {"model": 0, "quant": 0, "layer": 1, "platform": 2, "library": 2, "env": 2}

@@ -101,6 +101,8 @@ def read_index(folder: Path) -> Index | None:
             weight_map = _read_weight_map(folder, indexes[0])
         except _Bad as bad:
             faults.append(f"{indexes[0].name}: {bad}")
+        except OSError as error:
+            faults.append(f"{indexes[0].name}: can't be read: {error.strerror}")
     if faults:  # without a trusted index no statement about the shards would be worth anything
         raise _error(folder, faults)
     tensors = _read_shards(folder, shards_here, weight_map, faults)
@@ -121,7 +123,8 @@ def _read_shards(
         expected = names_by_shard[shard]
         try:
             found = read_header(_inside(folder, shard), shard)
-        except _Bad as bad:
+        except (_Bad, OSError) as error:
+            bad = f"can't be read: {error.strerror}" if isinstance(error, OSError) else error
             named = f" (the index expects {_some(expected)} there)" if expected else ""
             faults.append(f"{shard}: {bad}{named}")
             continue

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from gatekeeper.conditions import TEMPLATE, FactRef, ItemTests, Test
 from gatekeeper.names import covers, glob
 from gatekeeper.operators import NEGATED, OPERATORS
-from gatekeeper.values import ABSENT, Truth, Value, Values, shown
+from gatekeeper.values import ABSENT, Missing, Truth, Value, Values, shown, spelt
 
 LAYERS = "layers"
 """Key under which a scope holds the values of the runner's layers; no fact is called that, for facts have a dot."""
@@ -111,7 +111,7 @@ def covered(test: Test) -> Closure:
         if None in found:
             return None
         patterns: Any = values[fact]
-        return covers(str(values["quant.method"]), patterns, fill(template, values))
+        return covers(str(values["quant.method"]), patterns, fill(template, values, write=spelt))
 
     return evaluate
 
@@ -121,7 +121,12 @@ def show(value: Any) -> str:
     return "unknown" if value is None else shown(value)
 
 
-def fill(template: str, values: Values, extra: dict[str, str] | None = None) -> str:
+def fill(
+    template: str,
+    values: Values,
+    extra: dict[str, str] | None = None,
+    write: Callable[[Value | Missing], str] = shown,
+) -> str:
     """Put facts into the `{fact}` places of a text: `none` if absent, `unknown` if unknown."""
 
     def place(found: Any) -> str:
@@ -136,6 +141,6 @@ def fill(template: str, values: Values, extra: dict[str, str] | None = None) -> 
             value = {name.removeprefix(start): one for name, one in values.items() if name.startswith(start)}
             if all(one is ABSENT for one in value.values()):
                 return "none" if value else "unknown"
-        return shown(value)
+        return write(value)
 
     return TEMPLATE.sub(place, template)

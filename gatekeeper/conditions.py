@@ -116,7 +116,8 @@ class ConditionParser:
     def named(self, name: str, where: Where) -> Condition:
         """Return a condition of conditions.yaml."""
         if name not in self._named:
-            self._fault("unknown-condition", f"unknown condition `{name}`{nearest(name, self._named)}", where)
+            hint = nearest(name, self._named) or "; conditions.yaml declares them"
+            self._fault("unknown-condition", f"unknown condition `{name}`{hint}", where)
             return ALWAYS
         if name in self._open:
             chain = " uses ".join(f"`{n}`" for n in [*self._open[self._open.index(name) :], name])
@@ -168,6 +169,8 @@ class ConditionParser:
             if op.operand == "glob":
                 if not isinstance(raw, str) or not raw:
                     raise ValueError("expected a glob over dotted segments, such as `model.layers.*.mlp`")
+                if "{" in raw:
+                    raise ValueError("a glob has no `{fact}` places; the names under `covers` have")
                 return Test(spec.name, word, raw, where)
             if op.operand == "name":
                 if not isinstance(raw, str):
@@ -192,6 +195,7 @@ class ConditionParser:
             return None
 
     def _literal(self, spec: FactSpec, kind: str, raw: Any) -> Value:
+        self.no_fact(raw)
         if kind == spec.type:
             # The catalogue's minimum is no concern of a comparison: `gt: 0` is fine where 1 is the least.
             return FactSpec(name=spec.name, type=kind, doc="", where=spec.where, values=spec.values).coerce(raw)
@@ -232,6 +236,11 @@ class ConditionParser:
             self._fault("unknown-fact", f"unknown fact `{name}`{hint}", where)
             return None
         return self.catalogue[name]
+
+    def no_fact(self, raw: Any) -> None:
+        """Refuse a constant that is the name of a fact."""
+        if isinstance(raw, str) and raw in self.catalogue:
+            raise ValueError(f"`{raw}` is a fact, not a value; write `{{fact: {raw}}}`")
 
     def template(self, text: str, where: Where, extra: frozenset[str] = frozenset()) -> tuple[str, ...]:
         """Check the `{fact}` places of a text and return their names; `{{` and `}}` are literal."""

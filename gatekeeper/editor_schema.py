@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from gatekeeper.catalogue import FEATURE_GROUP, FactSpec, a_type
+from gatekeeper.catalogue import FAMILY_FACT, FEATURE_GROUP, FactSpec, a_type
 from gatekeeper.conditions import comparable
 from gatekeeper.data import data_folder
 from gatekeeper.diagnostics import diagnostics
@@ -145,7 +145,7 @@ class _Enrichment:
         """Return all that an enum has, else what is known or can be chosen."""
         if spec.type == "enum":
             return (*(word == "true" for word in spec.values if word in ("true", "false")), *spec.values)
-        known = tuple(self.rules.families) if spec.name == "model.family" else spec.known_values
+        known = tuple(self.rules.families) if spec.name == FAMILY_FACT else spec.known_values
         return () if spec.type == "boolean" else tuple(dict.fromkeys((*known, *map(plain, spec.controllable))))
 
     def _given(self, names: str = "", *, null: bool = False) -> Schema:

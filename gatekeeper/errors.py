@@ -9,6 +9,13 @@ from typing import Literal, TypeAlias
 Severity: TypeAlias = Literal["error", "warning"]
 
 
+def one_line(text: str) -> str:
+    """Return a text with visible escapes in the place of line breaks and of all else that can't be printed."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 @dataclass(frozen=True, slots=True)
 class Where:
     """A place in a file; lines and columns count from 1, 0 means the whole file."""
@@ -41,9 +48,8 @@ class Fault:
     """`warning`: a lint, which stops nothing unless `check --strict` asks for it."""
 
     def __post_init__(self) -> None:
-        if not self.message.isprintable():  # a message is one line, whatever an author wrote between the backticks
-            shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in self.message)
-            object.__setattr__(self, "message", "".join(shown))
+        # A message is one line, whatever an author wrote between the backticks.
+        object.__setattr__(self, "message", one_line(self.message))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.code}: {self.message}"
@@ -63,7 +69,13 @@ class RuleError(GatekeeperError):
 
 
 class FactError(GatekeeperError):
-    """A fact that can't be believed: unknown name, value of the wrong type, or sources that contradict each other."""
+    """A fact that can't be believed: unknown name, value of the wrong type, or sources that contradict each other.
+
+    Its message is one line, whatever the value was.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class CheckpointError(GatekeeperError):

@@ -31,23 +31,25 @@ def collect(
             scope = {**values, **own}
             yield from collect(condition.among, scope, facts, readings, catalogue)
             yield from collect(condition.that, scope, facts, readings, catalogue)
-        if condition.every and layers is not None:
+        if layers is not None and not layers:
+            yield from _no_layer(condition, "there is no MoE layer")
+        elif condition.every and layers is not None:
             among = compile_condition(condition.among, catalogue)
             if all(among({**values, **own}) is False for own in layers):
-                yield from _no_layer(condition)
+                yield from _no_layer(condition, "no MoE layer meets `where`, so there is nothing to vouch for")
     else:
         for part in condition.parts:
             yield from collect(part, values, facts, layer, catalogue)
 
 
-def _no_layer(condition: Layers) -> Iterator[Check]:
-    """Say that `every_layer` is false because it ranges over nothing, by the first test that would be asked."""
+def _no_layer(condition: Layers, note: str) -> Iterator[Check]:
+    """Say that a condition on layers is false because it ranges over none, by the first test that would be asked."""
     for test in islice((*tests_of(condition.among), *tests_of(condition.that)), 1):
         yield Check(
             fact=test[0].fact,
             actual=ABSENT,
             witness="",
-            note="no MoE layer meets `where`, so there is nothing to vouch for",
+            note=note,
             operator=test[0].operator,
             expected=expected(test[0]),
             truth=False,

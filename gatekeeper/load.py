@@ -55,7 +55,16 @@ def _load(path: Path | str | None, overlays: Sequence[Path | str]) -> RuleSet:
     faults: list[Fault] = []
     own: set[str] = set()
     kinds = _extended(data_folder("rules") if path is None else Path(path), faults, own)
-    return _build(_laid_over(kinds, [_read_folder(Path(one), faults, own) for one in overlays], faults), faults, own)
+    over: list[Kinds] = []
+    missing: list[Fault] = []
+    for one in overlays:
+        try:
+            over.append(_read_folder(Path(one), faults, own))
+        except RuleError as error:
+            missing += error.faults
+    if missing:  # without them nothing can be said of names: only what stands by itself is told
+        raise RuleError([*faults, *missing])
+    return _build(_laid_over(kinds, over, faults), faults, own)
 
 
 def parse_rule_set(files: Mapping[str, str], overlays: Sequence[Mapping[str, str]] = ()) -> RuleSet:
@@ -114,21 +123,37 @@ def _extended(folder: Path, faults: list[Fault], files: set[str], opened: tuple[
     if base is None:
         return kinds
     where = kinds["ruleset"][0].where(("extends",))
-    base_folder = data_folder("rules") if base == "shipped" else (folder / base).resolve()
-    if base_folder in opened or base_folder == folder.resolve():
+    here = _resolved(folder)
+    base_folder = data_folder("rules") if base == "shipped" else _resolved(folder / base)
+    if base_folder in opened or base_folder == here:
         raise RuleError([*faults, Fault("cycle", f"`{base}` extends this rule set in turn", where)])
-    if not (base_folder / MANIFEST).is_file():
+    if not _has_manifest(base_folder):
         message = f"`{base}` is no rule set; expected `shipped`, or the path of a folder with `{MANIFEST}`"
         raise RuleError([*faults, Fault("no-manifest", message, where)])
-    inherited = _extended(base_folder, faults, set(), (*opened, folder.resolve()))
+    inherited = _extended(base_folder, faults, set(), (*opened, here))
     return {k: [*(inherited[k] if k in _INHERITED else []), *own] for k, own in kinds.items()}
+
+
+def _resolved(path: Path) -> Path:
+    """Return a path without links and `..`; one that can't be followed as it is."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a NUL in it
+        return path
+
+
+def _has_manifest(folder: Path) -> bool:
+    try:
+        return (folder / MANIFEST).is_file()
+    except OSError:
+        return False
 
 
 def _short(path: Path) -> str:
     """Show a path as a person would type it: relative to here if it is below, else as given."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
-    except (ValueError, OSError):  # OSError: the current folder is gone
+    except (ValueError, OSError, RuntimeError):  # OSError: the current folder is gone; RuntimeError: a loop of links
         return str(path)
 
 

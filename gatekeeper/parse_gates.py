@@ -99,7 +99,7 @@ class GateParser:
         condition = self.conditions.parse(document, data["applies_to"], at)
         for name in sorted(facts_of(condition)):
             if name in self.catalogue and self.catalogue.is_layer_fact(name):
-                message = f"`applies_to` can't read `{name}`, which differs from layer to layer"
+                message = f"`applies_to` can't read `{name}`, which differs from layer to layer; ask it in `requires`"
                 self._fault("layer-fact", message, document.where(at))
         if len(self.faults) > before:
             self.unclear.add(gate)
@@ -118,8 +118,8 @@ class GateParser:
             missing = [one.name for one in gate.options if output.name not in one.outputs]
             if not given and (missing or not gate.options) and gate.where.file not in self._partial:
                 by = f" with option `{missing[0]}`" if missing else ""
-                where = replace(gate.where, line=0, column=0)
-                self._fault("no-output", f"nothing gives output `{output.name}`{by}", where)
+                cure = "give it a `value`, or let `outputs` of the gate or of each option give one"
+                self._fault("no-output", f"nothing gives output `{output.name}`{by}; {cure}", gate.where)
 
     def option(self, document: Document, raw: dict[str, Any], path: Path_, feature: Feature) -> Option:
         """Parse one option."""
@@ -174,6 +174,7 @@ class GateParser:
     def coerced(self, spec: FactSpec, raw: Any, where: Where) -> Value | Missing:
         """Return a written value as the type of an output."""
         try:
+            self.conditions.no_fact(raw)
             return spec.coerce(raw)
         except ValueError as error:
             self._fault("wrong-value", f"output `{spec.name}`: {error}", where)
@@ -211,7 +212,8 @@ class GateParser:
     ) -> list[Requirement]:
         name, where = raw["use"], document.where((*path, "use"))
         if name not in self.shared:
-            message = f"unknown requirement `{name}`{nearest(name, self.shared)}"
+            hint = nearest(name, self.shared) or "; requirements.yaml declares them"
+            message = f"unknown requirement `{name}`{hint}"
             self._fault("unknown-requirement", message, where)
             return []
         self.taken.add(name)

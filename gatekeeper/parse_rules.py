@@ -111,7 +111,8 @@ class RuleParser:
         for document in [*declared, *self.kinds["gate"]]:
             name = document.data["feature"]
             if name not in features:
-                message = f"unknown feature `{name}`{nearest(name, features)}"
+                hint = nearest(name, features) or "; declare it in a file of features/"
+                message = f"unknown feature `{name}`{hint}"
                 self._fault("unknown-feature", message, document, ("feature",))
                 continue
             in_gates = "summary" not in document.data
@@ -282,8 +283,9 @@ class RuleParser:
                 continue
             wanted = ("string", "enum") if request.fact else ("boolean",)
             if spec.type not in wanted:
-                kind = "one fact" if request.fact else "flags"
-                message = f"`{name}` is {a_type(spec.type)}; a request by {kind} needs a {wanted[0]}"
+                need = "one fact needs a string or an enum; name a flag by `{force: …}` or `{forbid: …}`"
+                need = need if request.fact else "flags needs a boolean"
+                message = f"`{name}` is {a_type(spec.type)}; a request by {need}"
                 self.faults.append(Fault("wrong-type", message, where))
             if self.catalogue.is_layer_fact(name):
                 self.faults.append(Fault("layer-fact", f"`{name}` differs from layer to layer; a request can't", where))

@@ -67,7 +67,7 @@ class RowTest(pytest.Item):
         with quiet():
             result = run_row(rules, self.row)
         if not result.passed:
-            raise RowFailed("\n".join([result.error] if result.error else map(str, result.mismatches)))
+            raise RowFailed("\n".join(result.lines))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> str:
         """Say what differs, without a traceback."""

@@ -76,11 +76,13 @@ class Document:
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """Return a hint that names the closest of `words` (both of two that are equally close), or nothing."""
-    found = difflib.get_close_matches(word, list(words), n=2, cutoff=0.6)
-    closeness = [difflib.SequenceMatcher(None, one, word).ratio() for one in found]
-    if not found:
+    written = {one.lower(): one for one in words}  # `SM90` is as good as `sm90`
+    close = difflib.get_close_matches(word.lower(), written, n=2, cutoff=0.6)
+    closeness = [difflib.SequenceMatcher(None, one, word.lower()).ratio() for one in close]
+    if not close:
         return ""
-    both = len(found) > 1 and closeness[0] == closeness[1]
+    both = len(close) > 1 and closeness[0] == closeness[1]
+    found = [written[one] for one in close]
     return f", did you mean `{found[0]}`{f' or `{found[1]}`' if both else ''}?"
 
 
@@ -104,8 +106,8 @@ def scan_file(path: Path, shown_as: str | None = None) -> tuple[Document, list[F
     """Parse one file as far as it goes, and say what is wrong with it; see `scan_yaml`."""
     file = shown_as or str(path)
 
-    def unread(code: str, message: str, line: int = 0) -> tuple[Document, list[Fault]]:
-        return Document(file, None, {}), [Fault(code, message, Where(file, line))]
+    def unread(code: str, message: str) -> tuple[Document, list[Fault]]:
+        return Document(file, None, {}), [Fault(code, message, Where(file))]
 
     try:
         if not path.is_file():
@@ -120,8 +122,11 @@ def scan_file(path: Path, shown_as: str | None = None) -> tuple[Document, list[F
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        return unread("not-utf8", "expected UTF-8 text; save the file as UTF-8", line)
+        above, _, before = raw[: error.start].rpartition(b"\n")
+        line = above.count(b"\n") + 1 + (b"\n" in raw[: error.start])
+        text = raw.decode(errors="backslashreplace")
+        where = Where(file, line, len(before.decode()) + 1, text.splitlines())
+        return Document(file, None, {}), [Fault("not-utf8", "expected UTF-8 text; save the file as UTF-8", where)]
     return scan_yaml(text, file)
 
 
@@ -180,6 +185,8 @@ class _Parser:
             problem = error.problem or "can't be parsed"
             if mark and self._text[mark.index : mark.index + 1] == "\t":
                 problem += " (YAML is indented with spaces)"
+            if problem.startswith("mapping values"):
+                problem += "; quote a text that holds `: `, and indent the keys of one mapping alike"
             where = Where(self.file, mark.line + 1, mark.column + 1) if mark else Where(self.file)
             self.faults.append(Fault("syntax", f"not YAML: {problem}", where))
         except yaml.reader.ReaderError as error:  # a character that YAML forbids, such as NUL
@@ -187,7 +194,7 @@ class _Parser:
             where = Where(self.file, before.count("\n") + 1, len(before) - before.rfind("\n"))
             message = f"not YAML: the character #x{error.character:04x} is not allowed in it; remove it"
             self.faults.append(Fault("syntax", message, where))
-        except _TooDeep:
+        except _Unreadable:
             pass
         return None
 
@@ -211,7 +218,11 @@ class _Parser:
             return self._scalar(event, path)
         if len(path) >= MAX_DEPTH:
             self._fault(event, "too-deep", f"nested deeper than {MAX_DEPTH} levels")
-            raise _TooDeep
+            raise _Unreadable
+        if path and path[-1] in TEXT_KEYS and event.flow_style:
+            sign = "{" if isinstance(event, yaml.MappingStartEvent) else "["
+            self._fault(event, "cut-text", f"a text that starts with `{sign}` is quoted; quote this `{path[-1]}`")
+            raise _Unreadable
         if isinstance(event, yaml.SequenceStartEvent):
             items: list[Any] = []
             while not isinstance(inner := next(self._events), yaml.SequenceEndEvent):
@@ -236,9 +247,10 @@ class _Parser:
             self._mark((*path, key), event)
             inner = next(self._events)
             if flow and isinstance(inner, yaml.ScalarEvent) and inner.value == "" and not inner.style:
-                message = (
-                    f"`{_cut(key)}` has no value; if it is the rest of a text that a comma cut, quote the whole text"
-                )
+                cure = "if it is the rest of a text that a comma cut, quote the whole text"
+                if ":" in key and " " not in key:
+                    cure = "write a space behind the colon"
+                message = f"`{_cut(key)}` has no value; {cure}"
                 self._fault(event, "cut-text", message)
             result[key] = self._value(inner, (*path, key), flow=flow)
         return result
@@ -253,8 +265,8 @@ class _Parser:
         return resolve_plain(event.value)
 
 
-class _TooDeep(Exception):
-    pass
+class _Unreadable(Exception):
+    """The rest of the file can't be understood; the fault is there already."""
 
 
 def resolve_plain(text: str) -> Any:
@@ -342,6 +354,13 @@ _TYPES = {
     "boolean": "true or false",
     "null": "null",
 }
+# What a name may be made of; a schema's description says what it is for.
+_SPELLING = {
+    "^[a-z][a-z0-9_]*$": "a name of small letters, digits and underscores",
+    "^[a-z0-9][a-z0-9_-]*$": "a name of small letters, digits and hyphens",
+    "^[a-z0-9][a-z0-9-]*$": "a name of small letters, digits and hyphens",
+    "^because .+": "a sentence that starts with `because`",
+}
 _EMPTY = frozenset({"minItems", "minProperties", "minLength"})
 
 
@@ -351,7 +370,8 @@ def _explained(error: ValidationError) -> Iterator[tuple[Path_, str, str]]:
     given: Any = error.instance
     kind, value, schema = str(error.validator), cast(Any, error.validator_value), cast(Any, error.schema)
     name = f"`{path[-1]}`" if path and isinstance(path[-1], str) else "this"
-    expected = schema.get("description", "") if isinstance(schema, dict) else ""
+    spelling = _SPELLING.get(value.replace("\\Z", "$")) if kind == "pattern" else None
+    expected = spelling or (schema.get("description", "") if isinstance(schema, dict) else "")
     if kind == "additionalProperties":
         properties = schema.get("properties", {})
         patterns = schema.get("patternProperties", {})
@@ -371,6 +391,16 @@ def _explained(error: ValidationError) -> Iterator[tuple[Path_, str, str]]:
         message = f"{name} must be {wanted}, not {_shown(given)}"
         if isinstance(given, str) and given in {"on", "off", "yes", "no", "True", "False"} and "boolean" in value:
             message += "; only `true` and `false` are booleans"
+        elif given is None and "." in name:
+            message += "; of a fact that is not there say `{absent: true}`"
+        elif given is None and path:
+            message += "; write it on this line, or indented below it"
+        elif given is None:
+            message += "; the file is empty"
+        elif value == "array":
+            message += f"; write `[{given}]`" if isinstance(given, str) else "; start each item with `- `"
+        elif value == "object" and name in ("`that`", "`when`", "`applies_to`"):
+            message += "; write facts and their tests, such as `{model.n_group: {ge: 4}}`"
         yield path, "wrong-type", message
     elif kind in ("enum", "const"):
         options = value if kind == "enum" else [value]

@@ -60,6 +60,16 @@ class RowResult:
     def passed(self) -> bool:
         return not (self.mismatches or self.error)
 
+    @property
+    def lines(self) -> Iterator[str]:
+        """What is wrong, and the decision's own reason, which says what it rests on."""
+        if self.error:
+            yield self.error
+        yield from map(str, self.mismatches)
+        keys = {mismatch.key for mismatch in self.mismatches}
+        if self.decision is not None and self.decision.reason and keys and "reason" not in keys:
+            yield f"{self.decision.state} by {self.decision.decided_by}: {self.decision.reason}"
+
 
 def find_tables(paths: list[Path]) -> list[Path]:
     """Return the tables in files and folders; raises `FactError` for a path that has none."""
@@ -111,7 +121,8 @@ def run_row(rules: RuleSet, row: Row) -> RowResult:
         if row.rules is not None:
             rules = _named_rules(row.rules)
         if row.feature not in rules.features:
-            raise FactError(f"unknown feature `{row.feature}`{nearest(row.feature, rules.features)}")
+            hint = nearest(row.feature, rules.features) or f"; there are {', '.join(rules.features)}"
+            raise FactError(f"unknown feature `{row.feature}`{hint}")
         decision = decide(rules, row_facts(rules, row), [row.feature])[row.feature]
     except GatekeeperError as error:
         return RowResult(row=row, decision=None, mismatches=(), error=str(error))
@@ -157,7 +168,8 @@ def _preset(presets: Mapping[str, Mapping[str, Any]], kind: str, name: str | Non
     if name is None:
         return {}
     if name not in presets:
-        raise FactError(f"unknown {kind} `{name}`{nearest(name, presets)}")
+        hint = nearest(name, presets) or f"; the presets are {', '.join(sorted(presets))}"
+        raise FactError(f"unknown {kind} `{name}`{hint}")
     if kind == "platform":
         # What a preset does not say of a platform it does not have.
         absent = {n: None for n, spec in rules.catalogue.items() if spec.group == kind and not spec.only_derived}

@@ -9,6 +9,8 @@ from enum import Enum
 from functools import total_ordering
 from typing import Any, Literal, TypeAlias, Union, cast
 
+from gatekeeper.errors import one_line
+
 
 class Missing(Enum):
     """Why a fact has no value. Neither is ever a value of YAML or JSON."""
@@ -171,7 +173,15 @@ def plain(value: Value | Missing) -> Any:
 
 
 def shown(value: Value | Missing) -> str:
-    """Return a value as a sentence shows it: `none` if absent, `unknown` if unknown."""
+    """Return a value as a sentence shows it: `none` if absent, `unknown` if unknown; always one line.
+
+    What can't be printed is escaped: strangers write checkpoints, and sentences reach terminals and logs.
+    """
+    return one_line(spelt(value))
+
+
+def spelt(value: Value | Missing) -> str:
+    """Return a value as a text, exactly."""
     if value is ABSENT:
         return "none"
     if value is UNKNOWN:
@@ -179,9 +189,9 @@ def shown(value: Value | Missing) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):
-        return "[" + ", ".join(shown(item) for item in value) + "]"
+        return "[" + ", ".join(spelt(item) for item in value) + "]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {spelt(item)}" for key, item in value.items()) + "}"
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
     return str(value)

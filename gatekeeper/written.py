@@ -21,9 +21,17 @@ def write_folder(out: Path, files: Mapping[str, str], *, by: str, force: bool = 
 
     `by` is the command that writes (`gatekeeper docs`). Files that it did not write are an error before anything
     is touched; with `force` they stay, and only those of the same name are replaced. Everything is written beside
-    `out` first, so that a full disk leaves the old files as they were. Raises `WriteError` or `OSError`.
+    `out` first, so that a full disk leaves the old files as they were. Raises `WriteError`.
     """
-    out = out.resolve()
+    try:
+        _write(out.resolve(), files, by=by, force=force)
+    except OSError as error:  # it names a file of ours that nobody asked for
+        raise WriteError(f"`{out}` can't be written: {error.strerror or error}; give another folder") from None
+    except RuntimeError:  # of `resolve`, until Python 3.13
+        raise WriteError(f"`{out}` can't be written: a link that leads to itself; give another folder") from None
+
+
+def _write(out: Path, files: Mapping[str, str], *, by: str, force: bool) -> None:
     own = own_files(out, by=by, force=force)
     marker = "".join(f"{line}\n" for line in (_first_line(by), *sorted(files)))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,14 @@ def test_a_path_with_odd_characters_is_a_valid_uri(tmp_path: Path) -> None:
     folder = write(tmp_path / "a b#é", files(BROKEN))
     uri = sarif("--rules", folder)["results"][0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
     assert uri.startswith("file:///") and uri.endswith("/a%20b%23%C3%A9/features/fused.yaml")
+
+
+def test_a_path_that_is_no_text_is_a_valid_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / os.fsdecode(b"caf\xe9"), files(BROKEN))
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / os.fsdecode(b"caf\xe9"), Path(os.fsdecode(b"caf\xe9"))):
+        first = sarif("--rules", str(folder))["results"][0]
+        assert "caf%E9/features/fused.yaml" in first["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
 
 
 # ---------------------------------------------------------------------------------------------------- the line shown

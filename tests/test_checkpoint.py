@@ -53,6 +53,22 @@ def test_a_folder_without_weights_has_no_index(tmp_path: Path) -> None:
     assert read_index(tmp_path) is None
 
 
+@pytest.mark.parametrize("index", [False, True])
+def test_a_file_that_can_not_be_opened_is_a_fault_like_any_other(
+    index: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(shard_bytes({}, 0))
+    if index:
+        (tmp_path / "model.safetensors.index.json").write_text("{}")
+
+    def refuse(*_: object) -> bytes:
+        raise PermissionError(13, "Permission denied", "somewhere")
+
+    monkeypatch.setattr(Path, "read_bytes" if index else "open", refuse)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*: can't be read: Permission denied$"):
+        read_index(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "x.pt"])
 def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x80\x04N.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,6 +75,7 @@ def write(folder: Path, texts: dict[str, str]) -> str:
     "arguments",
     [
         ["nonsense"],
+        ["decid", KIMI],
         ["decide"],
         ["decide", KIMI, "--facts", "-"],
         ["decide", "--facts", "-"],
@@ -91,6 +93,7 @@ def write(folder: Path, texts: dict[str, str]) -> str:
         ["decide", KIMI, "--set", "parallel.tp_size=8", "--set", "parallel.tp_size=4"],
         ["decide", KIMI, "--set", "model.n_routed_experts=256"],
         ["decide", KIMI, "--set", "moe.shard_width=3"],
+        ["decide", KIMI, "--set", "parallel.moe_tp_size=4"],
         ["facts", "--platform", "h200"],
         ["facts", KIMI, KIMI],
         ["check", "--format", "xml"],
@@ -113,6 +116,8 @@ def test_wrong_usage_is_exit_2_with_a_hint_on_stderr(arguments: list[str]) -> No
         (["decide", KIMI, "--set", "parallel.tp_sise=8"], "did you mean `parallel.tp_size`?"),
         (["decide", KIMI, "--set", "parallel.tp_size=eight"], "expected an integer, not the text `eight`"),
         (["decide", KIMI, "--set", "model.n_routed_experts=256"], "is read from the checkpoint and can't be set"),
+        (["decid", KIMI], "there is no command `decid`, did you mean `decide`?"),
+        (["decide", KIMI, "--set", "parallel.moe_tp_size=4"], "set what it is derived from: `parallel.ep_size`, `par"),
         (["decide", KIMI, "--set", "parallel.tp_size"], "--set takes FACT=VALUE, such as parallel.tp_size=8"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
@@ -364,6 +369,29 @@ def test_facts_of_a_target_have_witnesses() -> None:
     assert "unknown: " in text
 
 
+def test_layers_that_agree_are_explained_once(tmp_path: Path) -> None:
+    rules = write(
+        tmp_path / "rules",
+        {
+            "ruleset.yaml": "{name: own, version: 1, language: 1, extends: shipped}",
+            "features/own.yaml": "feature: own\nsummary: Our own.\nrequires: [{id: plain, protects: speed, "
+            "that: {any_layer: {that: {layer.routed_storage.format: nvfp4}}}, reason: No layer is so.}]",
+        },
+    )
+    text = gatekeeper("explain", "own", KIMI, "--rules", rules).stdout
+    assert text.count("layer.routed_storage.format is int4_g32, expected nvfp4") == 1
+    assert "which --full shows" not in text
+
+
+def test_the_catalogue_says_what_a_rule_may_compare_with() -> None:
+    lines = {line.split()[0]: line for line in gatekeeper("facts").stdout.splitlines()}
+    assert lines["model.runner"].endswith(" One of target, draft.")
+    assert " One of bailing_moe, " in lines["model.family"]
+    assert " Seen so far: none, deepep, " in lines["server.moe_a2a_backend"]
+    assert lines["server.moe_a2a_backend"].endswith(" Default: none.")
+    assert lines["moe.shard_width"].endswith(" Derived: model.moe_intermediate_size / parallel.moe_tp_size.")
+
+
 TABLE = "table: fused\nrows:\n  - {name: four are enough, facts: {model.n: 4}, expect: {state: on}}\n"
 
 
@@ -377,6 +405,21 @@ def test_tables_are_run(small: str, tmp_path: Path) -> None:
     assert "four are enough\n    state: expected off, got on\n0 passed, 1 failed" in failed.stdout
     (row,) = json.loads(gatekeeper("test", folder, "--rules", small, "--json").stdout)
     assert (row["passed"], row["mismatches"]) == (False, [{"key": "state", "expected": "off", "actual": "on"}])
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        ("model.n: 3", "off by enough: There are 3, not 4."),
+        ("", "pending by enough: Depends on `model.n`, not known yet (stage config). There are unknown, not 4."),
+    ],
+)
+def test_a_row_that_fails_says_why_it_was_decided_so(facts: str, why: str, small: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "tables", {"x.table.yaml": TABLE.replace("model.n: 4", facts)})
+    assert (
+        f"    state: expected on, got {why.split()[0]}\n    {why}\n"
+        in gatekeeper("test", folder, "--rules", small).stdout
+    )
 
 
 @pytest.mark.parametrize("text", ["table: fused\nrows: []\n", "table: [", "", None])
@@ -440,3 +483,104 @@ def test_a_torn_target_does_not_cost_the_others_their_answers(tmp_path: Path) ->
         ["target", "error"],
         ["target", "runner", "decisions"],
     ]
+
+
+def test_of_several_targets_an_error_names_its_own(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"config.json": '{"architectures": ["MixtralForCausalLM"], "num_local_experts": "eight"}'})
+    result = gatekeeper("decide", KIMI, folder, *FUSION)
+    assert result.exit_code == 1
+    assert f"error: `{folder}`: `model.n_routed_experts`: expected an integer, not the text `eight`" in result.stderr
+    assert f"{KIMI} (target)\n" in result.stdout
+
+
+# --------------------------------------------------------------------------------------------- what a person is told
+
+
+def test_values_of_a_stranger_can_not_steer_a_terminal(tmp_path: Path) -> None:
+    hostile, escaped = "\x1b[5mblink\nline\x07\u202e", "\\x1b[5mblink\\nline\\x07\\u202e"
+    config = {"architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 1, "first_k_dense_replace": 0}
+    config |= {"n_routed_experts": 384, "n_shared_experts": 1}
+    quantized = {"quant_method": hostile, "bits": 4}
+    folder = write(tmp_path, {"config.json": json.dumps({**config, "quantization_config": quantized})})
+    torn = write(tmp_path / "torn", {"config.json": json.dumps({**config, "n_routed_experts": hostile})})
+    for arguments in (["decide", folder], ["facts", folder], ["explain", FUSION[1], folder, "--full"]):
+        told = CliRunner().invoke(group, arguments, color=True).stdout
+        assert escaped in told
+        assert not re.search(r"\x1b\[5m|\x07|\u202e|\nline", told)
+    error = run("facts", torn).stderr
+    assert error.startswith(f"error: `model.n_routed_experts`: expected an integer, not the text `{escaped}`")
+
+
+def one_feature(folder: Path, text: str, *, overlay: str = "") -> tuple[str, ...]:
+    """The options that name a rule set of one feature `f`, and an overlay of it."""
+    manifest = "name: x\nversion: 1\nlanguage: 1\n"
+    rules = write(folder / "rules", {"ruleset.yaml": f"{manifest}extends: shipped\n", "features/f.yaml": text})
+    if not overlay:
+        return ("--rules", rules)
+    return ("--rules", rules, "--overlay", write(folder / "o", {"ruleset.yaml": manifest, "gates/f.yaml": overlay}))
+
+
+NEVER = "feature: f\nsummary: A feature.\nrequest: {force: server.enforce_shared_experts_fusion}\nmode: shadow\n"
+NEVER += "requires: [{id: never, protects: correctness, that: {model.n_routed_experts: 1}, reason: Never so.}]\n"
+
+
+def test_a_shadow_decision_says_so_and_refuses_nothing(tmp_path: Path) -> None:
+    rules = one_feature(tmp_path, NEVER)
+    for command in (["decide", KIMI, "--feature", "f"], ["explain", "f", KIMI]):
+        result = gatekeeper(*command, *rules, "--set", "server.enforce_shared_experts_fusion=true")
+        assert result.exit_code == 0
+        assert "error" in result.stdout
+        assert "in shadow mode: consumers see it as off" in result.stdout
+
+
+def test_a_dropped_protection_is_told_at_every_decision(tmp_path: Path) -> None:
+    overlay = "amends: f/f\ndrop: [{requirement: never, because: We have tried it.}]\n"
+    rules = one_feature(tmp_path, NEVER, overlay=overlay)
+    result = gatekeeper("decide", KIMI, "--feature", "f", *rules)
+    assert "warning: `never`, which protects correctness, is dropped at " in result.stdout
+
+
+def test_what_is_unknown_says_from_which_stage_on_it_is_known() -> None:
+    result = gatekeeper("decide", KIMI, "--feature", "moe_backend")
+    assert "? torch-has-grouped-mm of option grouped_mm [correctness] (known from stage platform on)" in result.stdout
+
+
+def test_a_record_over_several_lines_is_told_to_be_one(small: str) -> None:
+    result = gatekeeper("decide", "--rules", small, "--facts", "-", "--json", stdin='{"id": 1,\n"facts": {}}\n')
+    errors = [json.loads(line)["error"] for line in result.stdout.splitlines()]
+    assert [error.rpartition("; ")[2] for error in errors] == ["write each record in one line"] * 2
+    assert "at column 11" in errors[0]
+
+
+# ------------------------------------------------------------------------------------------------- streams and folders
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell closes the streams")
+@pytest.mark.parametrize(
+    ("command", "code", "told"),
+    [
+        ("decide --facts - --json <&-", 2, "stdin is closed; name a file"),
+        (f"decide {KIMI} --feature moe_backend 2>&-", 0, ""),
+        ("facts >/dev/full", 1, "error: No space left on device\n"),
+    ],
+)
+def test_a_stream_that_is_closed_or_full_is_no_crash(command: str, code: int, told: str) -> None:
+    if "/dev/full" in command and not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full here")
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"'{sys.executable}' -m gatekeeper {command}"],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+    assert told in done.stderr
+    assert done.stdout or code
+
+
+@pytest.mark.parametrize("command", ["schema", "docs"])
+def test_a_folder_that_can_not_be_written_is_named_as_it_was_given(command: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("")
+    for out in ("loop", "file/below", "x" * 300):
+        done = run(command, out, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"error: `{out}` can't be written: ")

@@ -290,3 +290,19 @@ def test_every_layer_over_no_layer_says_so() -> None:
     assert [check.note for check in outcome.checks][
         -1
     ] == "no MoE layer meets `where`, so there is nothing to vouch for"
+
+
+def test_any_layer_over_no_layer_says_so() -> None:
+    found = decision(
+        """\
+        feature: fused
+        summary: One thing.
+        requires:
+          - {id: one-big, protects: speed, that: {any_layer: {that: {layer.size: {gt: 4}}}}, reason: None is.}
+        """,
+        layers=[],
+    )
+    (outcome,) = found.outcomes
+    assert [(check.fact, check.truth, check.note) for check in outcome.checks] == [
+        ("layer.size", False, "there is no MoE layer")
+    ]

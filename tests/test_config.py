@@ -69,6 +69,14 @@ def test_nothing_is_mixed_from_two_levels(tmp_path: Path) -> None:
     assert facts["model.architecture"] == "DeepseekV3ForCausalLM"
 
 
+@pytest.mark.parametrize("nested", [3, [], "deepseek_v3"])
+def test_a_nested_config_that_is_none_is_not_passed_over(nested: Any, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**V3, "text_config": nested}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="`text_config` should hold the language model's config, a mapping"):
+        load_config(path)
+
+
 @pytest.mark.parametrize("key", ["text_config", "language_config", "llm_config"])
 def test_the_language_models_part(tmp_path: Path, key: str) -> None:
     reading = read(write_config(tmp_path, {"architectures": ["Wrapper"], key: V3})).readings

@@ -316,3 +316,25 @@ def test_any_document_loads_or_is_a_fault(drawn: tuple[str, Any]) -> None:
 @settings(suppress_health_check=[HealthCheck.too_slow])
 def test_any_document_loads_or_is_a_fault_at_length(drawn: tuple[str, Any]) -> None:
     document_loads_or_is_a_fault(*drawn)
+
+
+@pytest.mark.parametrize("base", ['"\\0"', "loop", "x" * 300])
+def test_a_base_that_no_path_leads_to_is_a_fault(base: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "ruleset.yaml").write_text(f"{MANIFEST}extends: {base}\n")
+    with pytest.raises(RuleError) as caught:
+        load_rules(tmp_path, fresh=True)
+    assert [(fault.code, fault.where.line) for fault in caught.value.faults] == [("no-manifest", 4)]
+
+
+def test_every_overlay_that_is_missing_is_told_with_the_faults_of_the_base(tmp_path: Path) -> None:
+    (tmp_path / "features").mkdir()
+    (tmp_path / "ruleset.yaml").write_text(MANIFEST)
+    (tmp_path / "features" / "a.yaml").write_text("feature: a\n")
+    with pytest.raises(RuleError) as caught:
+        load_rules(tmp_path, [tmp_path / "b", tmp_path / "c"])
+    assert [(fault.code, Path(fault.where.file).name) for fault in caught.value.faults] == [
+        ("no-manifest", "b"),
+        ("no-manifest", "c"),
+        ("missing-key", "a.yaml"),
+    ]

@@ -177,3 +177,21 @@ def test_every_missing_and_every_unknown_key_is_named() -> None:
 def test_any_text_is_read_or_refused(text: str) -> None:
     with contextlib.suppress(RuleError):
         parse_yaml(text, "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("raw", "line", "column", "source"),
+    [
+        (b"a: 1\r\nb: \xc3\xa9\xff\n", 2, 5, "b: é\\xff"),
+        (b"\xff\xfea\x00", 1, 1, "\\xff\\xfea\x00"),
+    ],
+)
+def test_bytes_that_are_no_text_are_shown_where_they_stand(
+    raw: bytes, line: int, column: int, source: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x.yaml").write_bytes(raw)
+    with pytest.raises(RuleError) as caught:
+        read_yaml(tmp_path / "x.yaml")
+    (fault,) = caught.value.faults
+    assert (fault.code, fault.where.line, fault.where.column) == ("not-utf8", line, column)
+    assert fault.where.source == source

@@ -68,6 +68,7 @@ def result(folder: Path, row: str, head: str = HEAD) -> Any:
         (ROW.replace("kimi_k25", "3"), "expected a text, not the number `3`"),
         (ROW + "    platform: mi355\n", "unknown platform `mi355`, did you mean `mi355x`?"),
         (ROW + "    layout: tp88\n", "unknown layout `tp88`, did you mean `tp8`?"),
+        (ROW + "    platform: hopper\n", "unknown platform `hopper`; the presets are a100, "),
         (ROW + "    unread: [quant]\n", "`unread` goes with `from`"),
         (ROW + "    from: nowhere\n", "can't be set|no such file or folder"),
         (OF_KIMI + "    unread: [qaunt]\n", "`quant`?"),

@@ -9,7 +9,7 @@ from io import TextIOWrapper
 
 import click
 
-from gatekeeper.errors import GatekeeperError, RuleError
+from gatekeeper.errors import GatekeeperError, RuleError, one_line
 
 COMMANDS = {
     "check": "Check a rule set: every fault with its place.",
@@ -35,6 +35,16 @@ class _Commands(click.Group):
         command: click.Command = import_module(f"gatekeeper.cli.{cmd_name}").command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            from gatekeeper.source import nearest
+
+            hint = nearest(args[0], COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+            raise click.UsageError(f"there is no command `{args[0]}`{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -47,6 +57,11 @@ def group() -> None:
 
     Exit codes: 0 done and fine (`off` is fine), 1 bad news, 2 wrong usage, 3 incomplete.
     """
+
+
+def say_error(message: object) -> None:
+    """Print an error on stderr; its lines stay lines, and nothing in it can steer a terminal."""
+    click.echo("error: " + "\n".join(map(one_line, str(message).split("\n"))), err=True)
 
 
 def main() -> None:
@@ -66,10 +81,11 @@ def main() -> None:
         click.echo(f"{counted(error.faults)}; nothing was done", err=True)
         sys.exit(BAD_NEWS)
     except GatekeeperError as error:
-        click.echo(f"error: {error}", err=True)
+        say_error(error)
         sys.exit(BAD_NEWS)
     except OSError as error:
-        click.echo(f"error: {error.strerror or error}: `{error.filename}`", err=True)
+        where = f": `{error.filename}`" if error.filename is not None else ""  # a full disk has no name
+        say_error(f"{error.strerror or error}{where}")
         sys.exit(BAD_NEWS)
     finally:
         gc.freeze()  # nor is there any point in looking when the process ends

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import IO, Any
 
 import click
 
-from gatekeeper.cli import BAD_NEWS, INCOMPLETE
+from gatekeeper.cli import BAD_NEWS, INCOMPLETE, say_error
 from gatekeeper.cli.options import (
     check_features,
     facts_of_targets,
@@ -22,17 +23,26 @@ from gatekeeper.cli.options import (
 from gatekeeper.cli.render import decision_lines
 from gatekeeper.decide import decide
 from gatekeeper.decision import Decision
-from gatekeeper.errors import FactError, GatekeeperError
+from gatekeeper.errors import FactError, GatekeeperError, one_line
 from gatekeeper.facts import Runner, from_record
 from gatekeeper.rules import RuleSet
 from gatekeeper.source import check_data
+
+
+class _Lines(click.File):
+    """A file to read; a stdin that was closed is wrong usage, not a crash of click."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "-" and sys.stdin is None:
+            self.fail("stdin is closed; name a file", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 @click.command("decide", short_help="Decide features for checkpoints, configs or lines of facts.")
 @click.argument("targets", nargs=-1, metavar="TARGET...")
 @target_options
 @click.option("--feature", "features", multiple=True, metavar="NAME", help="Only this feature.")
-@click.option("--facts", "lines", metavar="FILE|-", type=click.File("rb"), help="Lines of facts; - reads stdin.")
+@click.option("--facts", "lines", metavar="FILE|-", type=_Lines("rb"), help="Lines of facts; - reads stdin.")
 @click.option("--strict", is_flag=True, help="Exit 3 where a decision is pending.")
 @json_option
 @click.pass_context
@@ -81,14 +91,15 @@ def command(
         except GatekeeperError as error:  # the other targets get their answers all the same
             torn = True
             answers.append({"target": target, "error": str(error)})
-            click.echo(f"error: {error}", err=True)
+            named = len(targets) == 1 or str(error).startswith(f"`{target}")
+            say_error(error if named else f"`{target}`: {error}")
     if as_json:
         print_json(answers)
     context.exit(BAD_NEWS if torn else _exit_code(found, strict))
 
 
 def _say(title: str, decisions: list[Decision]) -> None:
-    click.echo(click.style(title, bold=True))
+    click.echo(click.style(one_line(title), bold=True))
     for decision in decisions:
         for line in decision_lines(decision):
             click.echo(line)
@@ -138,6 +149,9 @@ def _parse(raw: bytes) -> Any:
         raise FactError("not Unicode text; a lone surrogate is no character") from None
     except RecursionError:
         raise FactError("nested too deep for a line of facts") from None
+    except json.JSONDecodeError as error:
+        hint = "write each record in one line"
+        raise FactError(f"not a line of JSON: {error.msg} at column {error.pos + 1}; {hint}") from None
     except ValueError as error:
         raise FactError(f"not a line of JSON: {error}") from None
     return record

@@ -57,6 +57,6 @@ def command(
 
 
 def _exit_code(found: list[Explanation], strict: bool) -> int:
-    if any(one.decision.state == "error" for one in found):
+    if any(one.decision.in_force.state == "error" for one in found):
         return BAD_NEWS
     return INCOMPLETE if strict and any(is_pending(one.decision) for one in found) else 0

@@ -14,6 +14,7 @@ from gatekeeper.analysis.explain import Explanation, Obstacle
 from gatekeeper.analysis.provenance import Told
 from gatekeeper.cli.render import COLOURS, check_text
 from gatekeeper.decision import Check, Decision, Outcome
+from gatekeeper.errors import one_line
 from gatekeeper.values import ABSENT, UNKNOWN, Reading, shown
 
 Level = Literal["brief", "default", "full"]
@@ -78,7 +79,7 @@ def side_by_side(target: str, found: Sequence[Explanation], level: Level) -> Ite
     for position, group in enumerate(groups):
         if position:
             yield ""
-        title = f"{target} ({' and '.join(one.decision.runner for one in group)})"
+        title = f"{one_line(target)} ({' and '.join(one.decision.runner for one in group)})"
         layers = {one.decision.runner: ", ".join(part.layers for part in one.layers) for one in group[1:]}
         yield from brief_lines(title, group[0]) if level == "brief" else lines(title, group[0], level)
         for runner, where in layers.items():
@@ -198,14 +199,16 @@ def _outcome(one: Explanation, outcome: Outcome, level: Level) -> Iterator[str]:
     if outcome.reason and outcome.reason not in one.decision.reason:
         yield f"        {outcome.reason}"
     found = [check for check in outcome.checks if check.truth is not True]
-    checks = outcome.checks if level == "full" or not found else found[:_MAX_CHECKS]
-    for check in checks:
-        yield f"        {_check(check, outcome)}"
-        source = _source(one, check)
+    checks = outcome.checks if level == "full" or not found else found
+    # Layers that agree say the same; once is enough.
+    told = list(dict.fromkeys((_check(check, outcome), _source(one, check)) for check in checks))
+    first = told if level == "full" or not found else told[:_MAX_CHECKS]
+    for text, source in first:
+        yield f"        {text}"
         if source:
             yield click.style(f"          from {source}", dim=True)
-    if level != "full" and len(found) > _MAX_CHECKS:
-        yield f"        and {len(found) - _MAX_CHECKS} more, which --full shows"
+    if len(first) < len(told):
+        yield f"        and {len(told) - len(first)} more, which --full shows"
     if level == "full" and one.refs(outcome):
         yield click.style(f"        see {', '.join(one.refs(outcome))}", dim=True)
 
@@ -230,9 +233,9 @@ def _check(check: Check, outcome: Outcome) -> str:
 def _source(one: Explanation, check: Check) -> str:
     told = next((fact for fact in one.facts if fact.name == check.fact and fact.derived), None)
     if told is None:
-        parts = [text for text in (check.witness, check.note) if text]
+        parts = [one_line(text) for text in (check.witness, check.note) if text]
     else:
-        parts = [_derivation(one, told), *([check.note] if check.note else [])]
+        parts = [_derivation(one, told), *([one_line(check.note)] if check.note else [])]
     return "; ".join(parts)
 
 
@@ -384,7 +387,7 @@ def _fact(facts: dict[str, Told], told: Told, depth: int) -> Iterator[str]:
 
 def _from(told: Told, reading: Reading) -> str:
     parts = [told.derived or reading.witness, reading.note]
-    text = "; ".join(part for part in parts if part)
+    text = one_line("; ".join(part for part in parts if part))
     return f"  [{text}]" if text else ""
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import click
 
-from gatekeeper.catalogue import FEATURE_GROUP, FactSpec
+from gatekeeper.catalogue import FAMILY_FACT, FEATURE_GROUP, FactSpec
 from gatekeeper.cli.options import facts_of_targets, json_option, print_json, rules_of, target_options
 from gatekeeper.decision import ranges
+from gatekeeper.errors import one_line
 from gatekeeper.facts import Facts, Runner
+from gatekeeper.rules import RuleSet
 from gatekeeper.values import ABSENT, UNKNOWN, Missing, Reading, plain, shown
 
 
@@ -37,16 +39,29 @@ def command(
             print_json([_spec_json(spec) for spec in rules.catalogue.values()])
             return
         for spec in rules.catalogue.values():
-            click.echo(f"{spec.name}  ({spec.type})  {spec.doc}")
+            click.echo(f"{spec.name}  ({spec.type})  {spec.doc}{_values(spec, rules)}")
         return
     found = [facts for _, facts in facts_of_targets([target], rules, platform, settings, runner)]
     if as_json:
         print_json([_facts_json(target, facts) for facts in found])
         return
     for facts in found:
-        click.echo(click.style(f"{target} ({facts.runner})", bold=True))
+        click.echo(click.style(one_line(f"{target} ({facts.runner})"), bold=True))
         for line in fact_lines(facts):
             click.echo(f"  {line}")
+
+
+def _values(spec: FactSpec, rules: RuleSet) -> str:
+    """Say which values a fact has, and what it is where nobody says it."""
+    closed = list(rules.families) if spec.name == FAMILY_FACT else spec.values
+    default = spec.default_derive.text if spec.default_derive else shown(spec.default) if spec.has_default else ""
+    told = {
+        "One of": ", ".join(closed),
+        "Seen so far:": ", ".join(spec.known_values),
+        "Derived:": spec.derive.text if spec.derive else "",
+        "Default:": default,
+    }
+    return "".join(f" {word} {text}." for word, text in told.items() if text)
 
 
 def fact_lines(facts: Facts) -> Iterator[str]:
@@ -82,7 +97,7 @@ def _layer_lines(facts: Facts) -> Iterator[str]:
 
 
 def _from(reading: Reading) -> str:
-    told = [text for text in (reading.witness, reading.note) if text]
+    told = [one_line(text) for text in (reading.witness, reading.note) if text]
     return click.style(f"  [{'; '.join(told)}]", dim=True) if told else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -132,7 +133,9 @@ def set_up_logging() -> None:
     """Send events to stderr: readable on a terminal, JSON lines otherwise."""
     import structlog
 
-    pretty = sys.stderr.isatty()
+    # Whoever closed stderr wants no events: Python then has none.
+    stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    pretty = stderr.isatty()
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -141,5 +144,5 @@ def set_up_logging() -> None:
         ],
         # On a terminal the answer on stdout already says it; what is left are warnings and errors.
         wrapper_class=structlog.make_filtering_bound_logger(30 if pretty else 20),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(stderr),
     )

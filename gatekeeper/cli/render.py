@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from gatekeeper.decision import Check, Decision, Outcome, ranges
+from gatekeeper.errors import one_line
 from gatekeeper.operators import OPERATORS
 from gatekeeper.values import shown
 
@@ -24,6 +25,10 @@ def decision_lines(decision: Decision) -> Iterator[str]:
     yield f"  {decision.feature}: {state}{chosen}{by}  ({gate}, request {decision.request})"
     if decision.reason:
         yield f"    {decision.reason}"
+    if decision.mode == "shadow":
+        yield "    in shadow mode: consumers see it as off, whatever is said here"
+    for warning in decision.warnings:
+        yield click.style(f"    warning: {one_line(warning)}", fg="yellow")
     if decision.degraded:
         yield f"    degraded: {decision.degraded}"
     if decision.would_be:
@@ -54,11 +59,12 @@ def _outcome_lines(outcome: Outcome) -> Iterator[str]:
     mark = {"failed": "✗", "unknown": "?", "waived": "~"}[outcome.state]
     was = f" (waived, was {outcome.was})" if outcome.was else ""
     option = f" of option {outcome.option}" if outcome.option else ""
-    yield f"    {mark} {outcome.id}{option} [{outcome.protects}]{was}  {outcome.where}"
+    known = f" (known from stage {outcome.resolves_at} on)" if outcome.resolves_at else ""
+    yield f"    {mark} {outcome.id}{option} [{outcome.protects}]{was}{known}  {outcome.where}"
     told = [check for check in outcome.checks if check.truth is not True]
     for check in told[:_MAX_CHECKS]:
         yield f"        {check_text(check)}"
-        places = [text for text in (check.witness, check.note) if text]
+        places = [one_line(text) for text in (check.witness, check.note) if text]
         if places:
             yield click.style(f"          from {'; '.join(places)}", dim=True)
     if len(told) > _MAX_CHECKS:
@@ -81,4 +87,4 @@ def _plain(value: Any) -> str:
         return "[" + ", ".join(map(_plain, value)) + "]"
     if isinstance(value, bool):
         return str(value).lower()
-    return "none" if value is None else str(value)
+    return "none" if value is None else one_line(str(value))

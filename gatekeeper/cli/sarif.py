@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -45,7 +46,8 @@ def _result(fault: Fault, index: int, seen: Counter[str]) -> dict[str, Any]:
     # The text of the line, not its number: a fault stays the same one when lines above it come or go.
     same = f"{fault.code}\0{fault.where.file}\0{fault.where.source.strip()}\0{fault.message}"
     seen[same] += 1
-    digest = hashlib.sha256(f"{same}\0{seen[same]}".encode()).hexdigest()
+    # A path may hold bytes that are no text.
+    digest = hashlib.sha256(f"{same}\0{seen[same]}".encode(errors="surrogateescape")).hexdigest()
     return {
         "ruleId": fault.code,
         "ruleIndex": index,
@@ -58,7 +60,7 @@ def _result(fault: Fault, index: int, seen: Counter[str]) -> dict[str, Any]:
 
 def _location(where: Where) -> dict[str, Any]:
     path = Path(where.file)
-    uri = path.as_uri() if path.is_absolute() else quote(path.as_posix())
+    uri = path.as_uri() if path.is_absolute() else quote(os.fsencode(path.as_posix()))
     location: dict[str, Any] = {"artifactLocation": {"uri": uri}}
     if where.line:
         region: dict[str, Any] = {"startLine": where.line}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -23,7 +24,7 @@ def command(out: Path, rules_folder: Path | None, overlays: tuple[Path, ...], fo
     Fact names, their documentation and values, and the names of features, gates, requirements and conditions are those
     of the rule set: run this again after a change of them.
     """
-    if out.resolve() == data_folder("schema").resolve():
+    if os.path.realpath(out) == os.path.realpath(data_folder("schema")):  # Path's own raises for a loop of links
         raise click.UsageError(f"`{out}` holds the schemas that this program itself reads; give another folder")
     rules = rules_of(rules_folder, overlays)
     files = {

@@ -45,7 +45,7 @@ def command(
     else:
         for result in failures:
             click.echo(f"{result.row.where}: {result.row.name}")
-            for line in [result.error] if result.error else map(str, result.mismatches):
+            for line in result.lines:
                 click.echo(f"    {line}")
         click.echo(f"{len(results) - len(failures)} passed, {len(failures)} failed")
     if failures:

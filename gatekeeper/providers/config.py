@@ -49,7 +49,9 @@ def load_config(target: Path) -> ConfigFile:
     target = Path(target)
     path = target / "config.json" if target.is_dir() else target
     top = read_json_object(path)
-    nested = next((key for key in NESTED if isinstance(top.get(key), dict)), "")
+    nested = next((key for key in NESTED if top.get(key) is not None), "")
+    if nested and not isinstance(top[nested], dict):
+        raise CheckpointError(f"`{path}`: `{nested}` should hold the language model's config, a mapping; correct it")
     beside = path.parent / "hf_quant_config.json"
     hf_quant = read_json_object(beside) if beside.exists() else None
     return ConfigFile(path=path, top=top, nested=nested, hf_quant=hf_quant)

@@ -32,6 +32,9 @@ def read_flags(settings: Mapping[str, Any] | None, catalogue: Catalogue) -> Read
             raise FactError(
                 f"`{name}` is read from the checkpoint and can't be set; change the checkpoint or its config"
             )
+        if spec.only_derived and spec.derive:
+            names = ", ".join(f"`{one}`" for one in sorted(spec.derive.names))
+            raise FactError(f"`{name}` is derived and can't be set; set what it is derived from: {names}")
         if group not in SETTABLE_GROUPS:
             raise FactError(f"`{name}` can't be set; set what it is derived from")
         value = _value(name, raw, spec.type) if isinstance(raw, str) else raw

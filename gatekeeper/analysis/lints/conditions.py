@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from gatekeeper.analysis.lints.finding import Finding, demands, gate_waivers, gates, place
-from gatekeeper.catalogue import Catalogue, FactSpec
+from gatekeeper.catalogue import FAMILY_FACT, FEATURE_GROUP, Catalogue, FactSpec
 from gatekeeper.conditions import All, Any_, Condition, FactRef, ItemTests, Layers, Not, Test, facts_of, tests_of
 from gatekeeper.errors import Where
 from gatekeeper.rules import NamedCondition, RuleSet
@@ -55,11 +55,20 @@ def unlisted_value(rules: RuleSet) -> Iterator[Finding]:
     for written in _conditions(rules):
         for test, _ in tests_of(written.condition):
             spec = rules.catalogue[test.fact]
+            known = tuple(rules.families) if spec.name == FAMILY_FACT else spec.known_values
             for value in _constants(test):
-                if spec.known_values and shown(value) not in spec.known_values:
-                    hint = nearest(shown(value), spec.known_values) or "; correct it, or add it to `known_values`"
+                if known and shown(value) not in known:
+                    hint = nearest(shown(value), known) or _listing(spec)
                     message = f"`{shown(value)}` is not among the known values of `{spec.name}`{hint}"
                     yield Finding(message=message, where=test.where, allow=owners.allow(test.where, written.allow))
+
+
+def _listing(spec: FactSpec) -> str:
+    if spec.name == FAMILY_FACT:
+        return "; correct it, or add the family to families/"
+    if spec.group == FEATURE_GROUP:
+        return f"; it has {', '.join(f'`{value}`' for value in spec.known_values)}"
+    return "; correct it, or add it to `known_values`"
 
 
 def quantization_by_name(rules: RuleSet) -> Iterator[Finding]:
