@@ -7,7 +7,7 @@ from gatekeeper.decision import Decision, Decisions, LayerDecision, Outcome, ran
 from gatekeeper.errors import CheckpointError, FactError, Fault, GatekeeperError, RefusedError, RuleError
 from gatekeeper.facts import Facts, Runner, from_record
 from gatekeeper.families import Family, MoeTensors, find_moe_layers
-from gatekeeper.formats import Format, Storage
+from gatekeeper.formats import Format, PartSpec, Signature, Storage
 from gatekeeper.lean import CompiledFeature
 from gatekeeper.load import load_rules, parse_rule_set
 from gatekeeper.reading import join, open_target, read_facts, runners_of
@@ -31,11 +31,13 @@ __all__ = [
     "LayerDecision",
     "MoeTensors",
     "Outcome",
+    "PartSpec",
     "Reading",
     "RefusedError",
     "RuleError",
     "RuleSet",
     "Runner",
+    "Signature",
     "Storage",
     "TensorInfo",
     "Value",

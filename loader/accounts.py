@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from math import prod
 
 from loader.formats.base import Span
 
@@ -24,10 +25,14 @@ class Ledger:
         self._written: dict[Slot, list[tuple[Span, str]]] = defaultdict(list)
         self._used: dict[str, list[Block | None]] = defaultdict(list)
 
-    def write(self, slot: Slot, rows: Span, key: str, block: Block | None = None) -> None:
-        """Note that `block` of tensor `key` (None: all of it) fills `rows` of `slot`."""
+    def write(self, slot: Slot, rows: Span, key: str, block: Block | None = None, again: bool = False) -> None:
+        """Note that `block` of tensor `key` (None: all of it) fills `rows` of `slot`.
+
+        `again`: on purpose another slot takes the same, and counts as the use of it.
+        """
         self._written[slot].append((rows, key))
-        self._used[key].append(block)
+        if not again:
+            self._used[key].append(block)
 
     def read(self, key: str) -> None:
         """Note that all of tensor `key` was used, to no slot."""
@@ -66,13 +71,13 @@ class Ledger:
 
 
 def _tiling(blocks: list[Block], shape: tuple[int, ...]) -> Iterable[str]:
-    """Whether disjoint `blocks` cover a matrix: as many elements as it has, and none twice."""
+    """Whether disjoint `blocks` cover a matrix, or a vector as a column: all of its elements, and none twice."""
     for i, (rows, columns) in enumerate(blocks):
         for other_rows, other_columns in blocks[i + 1 :]:
             if _overlap(rows, other_rows) and _overlap(columns, other_columns):
                 yield f"has a block that is used twice, at row {max(rows[0], other_rows[0])}"
     used = sum((r[1] - r[0]) * (c[1] - c[0]) for r, c in blocks)
-    if len(shape) != 2 or used != shape[0] * shape[1]:
+    if len(shape) > 2 or used != prod(shape):
         yield f"of shape {list(shape)} is used in part: {used} elements"
 
 

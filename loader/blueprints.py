@@ -169,8 +169,15 @@ def quantization_config(
     `layers` are all decoder layers and `moe` those with experts, for exclude lists that name modules one by one.
     """
     base = f"{blueprint.prefix}model.layers"
-    if format_name == "int4_g32":
-        return _compressed_tensors(shared_excluded=shared_format != format_name)
+    if format_name in _CT_WEIGHTS:
+        return _compressed_tensors(format_name, shared_excluded=shared_format != format_name)
+    if format_name in _MODELOPT_ALGOS:
+        ignored = [f"{blueprint.prefix}lm_head", *(f"{base}.{layer}.self_attn*" for layer in layers)]
+        ignored += [f"{base}.{layer}.mlp.gate" for layer in moe]
+        if shared_format != format_name:
+            dense = (layer for layer in layers if layer not in moe)
+            ignored += [*(f"{base}.{n}.mlp*" for n in dense), *(f"{base}.{n}.mlp.shared_experts*" for n in moe)]
+        return _modelopt(format_name, ignored)
     if format_name == "mxfp4":
         if shared_format != format_name:
             exclude = list(_SHARED_AND_DENSE_EXCLUDED)
@@ -198,27 +205,66 @@ _SHARED_AND_DENSE_EXCLUDED = (
 )
 
 
-def _compressed_tensors(*, shared_excluded: bool) -> dict[str, Any]:
+_CT_WEIGHTS: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
+    {
+        "int4_g32": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}),
+        "fp8_channel": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+        "nvfp4_ct": (
+            "nvfp4-pack-quantized",
+            {
+                "num_bits": 4,
+                "type": "float",
+                "strategy": "tensor_group",
+                "group_size": 16,
+                "scale_dtype": "torch.float8_e4m3fn",
+            },
+        ),
+    }
+)
+"""Formats that compressed-tensors writes, to its name for the packing and what it says of the weights."""
+
+
+def _compressed_tensors(format_name: str, *, shared_excluded: bool) -> dict[str, Any]:
+    packing, own = _CT_WEIGHTS[format_name]
     weights: dict[str, Any] = {
         "actorder": None,
         "block_structure": None,
         "dynamic": False,
-        "group_size": 32,
-        "num_bits": 4,
+        "group_size": None,
         "observer": "minmax",
         "observer_kwargs": {},
-        "strategy": "group",
         "symmetric": True,
-        "type": "int",
     }
-    group = {"input_activations": None, "output_activations": None, "targets": ["Linear"], "weights": weights}
+    group = {"input_activations": None, "output_activations": None, "targets": ["Linear"], "weights": weights | own}
     return {
         "config_groups": {"group_0": group},
-        "format": "pack-quantized",
+        "format": packing,
         "ignore": [e for e in _SHARED_AND_DENSE_EXCLUDED if shared_excluded or "shared" not in e],
         "kv_cache_scheme": None,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
+    }
+
+
+_MODELOPT_ALGOS: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
+    {
+        "nvfp4": ("NVFP4", {"num_bits": 4, "type": "float", "group_size": 16}),
+        "mxfp8": ("MXFP8", {"num_bits": 8, "type": "float", "group_size": 32}),
+        "fp8_tensor": ("FP8", {"num_bits": 8, "type": "float"}),
+    }
+)
+"""Formats that ModelOpt writes, to its name for the algorithm and what it says of the weights."""
+
+
+def _modelopt(format_name: str, ignored: list[str]) -> dict[str, Any]:
+    algo, numbers = _MODELOPT_ALGOS[format_name]
+    tensors = {"dynamic": False} | numbers
+    return {
+        "config_groups": {"group_0": {"input_activations": tensors, "weights": tensors, "targets": ["Linear"]}},
+        "ignore": ignored,
+        "quant_algo": algo,
+        "producer": {"name": "modelopt", "version": "0.41.0"},
+        "quant_method": "modelopt",
     }
 
 

@@ -13,7 +13,7 @@ from gatekeeper import Index
 from loader.accounts import Ledger, Slot
 from loader.checkpoint import Checkpoint, dtype_name
 from loader.errors import BuildError
-from loader.formats import FORMATS
+from loader.formats import Layout
 from loader.kernels import KERNELS, Kernel
 from loader.moe import (
     Experts,
@@ -97,10 +97,10 @@ def assemble(plan: LayerPlan, router: RouterConfig) -> _Skeleton:
     gate = SharedGate(vacant("shared_gate.weight")) if plan.shared_gate else None
     if gate is not None:
         homes["shared_gate.weight"] = (gate, "weight")
-    experts = _experts(plan.format, plan.n_slots, plan.width, plan, kernel, "experts", homes)
+    experts = _experts(plan.layout, plan.n_slots, plan.width, plan, kernel, "experts", homes)
     shared = None
-    if plan.shared == "separate" and plan.shared_format is not None:
-        stack = _experts(plan.shared_format, 1, plan.shared_width, plan, kernel, "shared", homes)
+    if plan.shared == "separate" and plan.shared_layout is not None:
+        stack = _experts(plan.shared_layout, 1, plan.shared_width, plan, kernel, "shared", homes)
         shared = SharedExpert(stack, gate)
     chooser = SharedSlotRouter(routing, plan.n_shared, gate) if plan.shared == "slot" else routing
     layer = MoELayer(index=plan.index, name=plan.name, router=chooser, experts=experts, shared=shared)
@@ -112,7 +112,7 @@ def assemble(plan: LayerPlan, router: RouterConfig) -> _Skeleton:
 
 
 def _experts(
-    format_name: str,
+    layout: Layout,
     n_experts: int,
     width: int,
     plan: LayerPlan,
@@ -120,9 +120,7 @@ def _experts(
     prefix: str,
     homes: dict[str, tuple[nn.Module, str]],
 ) -> Experts:
-    experts = Experts(
-        FORMATS[format_name], n_experts=n_experts, hidden_size=plan.hidden_size, width=width, kernel=kernel
-    )
+    experts = Experts(layout, n_experts=n_experts, hidden_size=plan.hidden_size, width=width, kernel=kernel)
     homes |= {f"{prefix}.{name}": (experts, name) for name, _ in experts.named_parameters()}
     return experts
 
@@ -164,6 +162,8 @@ def _fill(skeleton: _Skeleton, checkpoint: Checkpoint) -> None:
         ledger.read(note.key)
         if found != list(note.shape):
             problems.append(f"`{note.key}` says {found}, the weight is {list(note.shape)}")
+    for key in plan.unused:
+        ledger.read(key)
     problems += ledger.faults()
     if problems:
         shown = problems[:MAX_SHOWN] + ([f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else [])
@@ -171,7 +171,7 @@ def _fill(skeleton: _Skeleton, checkpoint: Checkpoint) -> None:
 
 
 def _keys(plan: LayerPlan) -> Sequence[str]:
-    return [placement.key for placement in plan.placements] + [note.key for note in plan.notes]
+    return [placement.key for placement in plan.placements] + [note.key for note in plan.notes] + list(plan.unused)
 
 
 def _slots(skeleton: _Skeleton) -> dict[Slot, int]:
@@ -191,14 +191,15 @@ def _copy(skeleton: _Skeleton, placement: Placement, tensor: Tensor, ledger: Led
     parameter = skeleton.parameter(placement.param)
     slot = parameter.data if placement.expert is None else parameter.data[placement.expert]
     rows = slot[placement.rows[0] : placement.rows[1]]
-    block = tensor
+    # A vector is a column in memory, a scalar 1 x 1.
+    block = tensor if placement.expert is None or tensor.dim() > 1 else tensor.reshape(-1, 1)
     if placement.source is not None:
         (top, bottom), (left, right) = placement.source
-        block = tensor[top:bottom, left:right]
+        block = block[top:bottom, left:right]
     # Tensor.copy_ casts between any two dtypes and broadcasts, both in silence.
     if block.shape != rows.shape or block.dtype != rows.dtype:
         ours, theirs = (f"{list(t.shape)} {dtype_name(t.dtype)}" for t in (rows, block))
         return [f"`{placement.key}` is {theirs}, its place in {placement.param} {ours}"]
     rows.copy_(block)
-    ledger.write((placement.param, placement.expert), placement.rows, placement.key, placement.source)
+    ledger.write((placement.param, placement.expert), placement.rows, placement.key, placement.source, placement.again)
     return []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from loader.formats import FORMATS
+from loader.formats import Layout
 from loader.text import human
 
 if TYPE_CHECKING:
@@ -130,17 +130,17 @@ def _indivisible(layers: Sequence[LayerPlan], tp_size: int, ep_size: int) -> str
     for layer in layers:
         if layer.n_routed % ep_size:
             return f"{layer.n_routed} experts on {ep_size} ranks"
-        if not _divides(layer.width, moe_tp, layer.format):
+        if not _divides(layer.width, moe_tp, layer.layout):
             return f"{layer.format} of width {layer.width} in {moe_tp} parts"
         whole = layer.shared_width
-        if layer.shared_format is not None and not _divides(whole, tp_size, layer.shared_format):
+        if layer.shared_layout is not None and not _divides(whole, tp_size, layer.shared_layout):
             return f"shared expert in {layer.shared_format} of width {whole} in {tp_size} parts"
     return ""
 
 
-def _divides(width: int, parts: int, format_name: str) -> bool:
+def _divides(width: int, parts: int, layout: Layout) -> bool:
     """Whether `width` can be cut into `parts` without a cut through a quantization block."""
-    block = max(max(part.rows_per_item, part.columns_per_item) for part in FORMATS[format_name].parts)
+    block = max(max(part.rows_per_item or 1, part.columns_per_item or 1) for part in layout.parts)
     return parts == 1 or width % (parts * block) == 0
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from gatekeeper import Family, Index, MoeTensors, TensorInfo
+from gatekeeper import Family, Format, Index, MoeTensors, TensorInfo
 from loader.checkpoint import DTYPES, dtype_name
 from loader.errors import Code, PlanFault
-from loader.formats import FORMATS, Part, StraddleError, WeightFormat
+from loader.formats import FORMATS, Layout, Part, StraddleError, match_layout
 from loader.formats.base import Span
 from loader.plan import LayerPlan, ParamSpec, Placement, ShapeNote
 
@@ -45,12 +42,13 @@ def plan_layer(
     fused_slots: int,
     router_bias: bool,
     backend: str,
+    formats: Mapping[str, Format],
 ) -> tuple[LayerPlan | None, list[PlanFault]]:
     """The plan of `layer` with `fused_slots` shared experts in slots (0: on their own), and all that is wrong with it.
 
     None where not even the format of the routed experts can be told.
     """
-    return _LayerPlanner(index, family, layer, widths, fused_slots, router_bias, backend).plan()
+    return _LayerPlanner(index, family, layer, widths, fused_slots, router_bias, backend, formats).plan()
 
 
 class _LayerPlanner:
@@ -63,20 +61,21 @@ class _LayerPlanner:
         fused_slots: int,
         router_bias: bool,
         backend: str,
+        formats: Mapping[str, Format],
     ) -> None:
         self.index, self.family, self.layer, self.w = index, family, layer, widths
         self.fused_slots, self.router_bias, self.backend = fused_slots, router_bias, backend
+        self.formats = formats
         self.faults: list[PlanFault] = []
         self.placements: list[Placement] = []
         self.notes: list[ShapeNote] = []
         self.params: list[ParamSpec] = []
+        self.unused: list[str] = []
         self.claimed: set[str] = set()
-        # weight_shape is no weight: some writers leave it out, but then everywhere.
-        self.has_notes = any("weight_shape" in p for expert in layer.routed for p in expert.values())
         self.filled: dict[tuple[str, int | None, Span], str] = {}
 
     def plan(self) -> tuple[LayerPlan | None, list[PlanFault]]:
-        routed = match_format(p for expert in self.layer.routed for p in expert.values())
+        routed = match_layout(self.formats, (p for expert in self.layer.routed for p in expert.values()))
         if routed is None:
             return None, [self._no_format("routed", self._first_routed())]
         self._router()
@@ -91,9 +90,9 @@ class _LayerPlanner:
             name=self.layer.name,
             role=self.layer.role,
             backend=self.backend,
-            format=routed.name,
+            layout=routed,
             shared="slot" if self.fused_slots else "separate" if shared else "none",
-            shared_format=shared.name if shared else None,
+            shared_layout=shared,
             n_routed=self.w.n_routed,
             n_shared=self.w.n_shared,
             hidden_size=self.w.hidden_size,
@@ -104,6 +103,7 @@ class _LayerPlanner:
             params=tuple(self.params),
             placements=tuple(self.placements),
             notes=tuple(self.notes),
+            unused=tuple(self.unused),
         )
         return plan, self.faults
 
@@ -134,27 +134,25 @@ class _LayerPlanner:
             self.params.append(ParamSpec(name=param, shape=shape, dtype=dtype))
             self.placements.append(Placement(key=info.name, param=param, expert=None, rows=(0, shape[0])))
 
-    def _stack(self, module: str, weight_format: WeightFormat, n_experts: int, width: int) -> None:
+    def _stack(self, module: str, layout: Layout, n_experts: int, width: int) -> None:
         d = self.w.hidden_size
-        for part in weight_format.parts:
+        for part in layout.parts:
             rows, columns = part.shape(width, d)
             self.params += [
-                ParamSpec(name=self._param(f"{module}.{name}_{part.suffix}"), shape=shape, dtype=part.dtype)
+                ParamSpec(name=self._param(f"{module}.{name}_{part.name}"), shape=shape, dtype=part.dtype)
                 for name, shape in (("w13", (n_experts, 2 * rows, columns)), ("w2", (n_experts, *part.shape(d, width))))
             ]
 
-    def _routed(self, weight_format: WeightFormat, expert: int, n_slots: int) -> None:
+    def _routed(self, layout: Layout, expert: int, n_slots: int) -> None:
         tensors = self.layer.routed[expert] if expert < len(self.layer.routed) else {}
         for projection in (GATE, UP, DOWN):
             found = tensors.get(projection, {})
             if expert >= n_slots:
                 continue  # left unclaimed: reported as unexpected
             base = self._base(expert, projection)
-            self._projection(
-                weight_format, "experts", projection, found, base, self.w.width, [(expert, (0, self.w.width))]
-            )
+            self._projection(layout, "experts", projection, found, base, self.w.width, [(expert, (0, self.w.width))])
 
-    def _shared(self, routed: WeightFormat) -> WeightFormat | None:
+    def _shared(self, routed: Layout) -> Layout | None:
         """Place the shared expert; its own format where it is on its own."""
         tensors = self.layer.shared or {}
         if not self.w.n_shared and not self.fused_slots:
@@ -164,8 +162,8 @@ class _LayerPlanner:
             slots = [(first + s, (s * f, (s + 1) * f)) for s in range(self.fused_slots)]
             self._shared_projections(routed, "experts", tensors, self.fused_slots * f, slots)
             return None
-        weight_format = match_format(tensors.values())
-        if weight_format is None:
+        layout = match_layout(self.formats, tensors.values())
+        if layout is None:
             first_key = next((i.name for p in tensors.values() for i in p.values()), None)
             if first_key is None:
                 self._fault(
@@ -175,14 +173,14 @@ class _LayerPlanner:
                 self.faults.append(self._no_format("shared", first_key))
                 self.claimed |= {i.name for p in tensors.values() for i in p.values()}
             return None
-        self._stack("shared", weight_format, 1, self.w.shared_width)
+        self._stack("shared", layout, 1, self.w.shared_width)
         width = self.w.shared_width
-        self._shared_projections(weight_format, "shared", tensors, width, [(0, (0, width))])
-        return weight_format
+        self._shared_projections(layout, "shared", tensors, width, [(0, (0, width))])
+        return layout
 
     def _shared_projections(
         self,
-        weight_format: WeightFormat,
+        layout: Layout,
         module: str,
         tensors: Mapping[str, Projection],
         width: int,
@@ -191,13 +189,13 @@ class _LayerPlanner:
         for projection in (GATE, UP, DOWN):
             found = tensors.get(projection, {})
             base = self._base(None, projection)
-            self._projection(weight_format, module, projection, found, base, width, slots)
+            self._projection(layout, module, projection, found, base, width, slots)
 
     # -- one projection -----------------------------------------------------------------------------------------
 
     def _projection(
         self,
-        weight_format: WeightFormat,
+        layout: Layout,
         module: str,
         projection: str,
         found: Projection,
@@ -208,15 +206,19 @@ class _LayerPlanner:
         """Place the parts of one projection of an MLP of `width`; each slot takes a span of that width."""
         d = self.w.hidden_size
         rows, columns = (d, width) if projection == DOWN else (width, d)
-        if columns % weight_format.column_multiple:
-            self._fault("shape", base, f"{columns} columns are no multiple of {weight_format.column_multiple}")
+        if columns % layout.column_multiple:
+            self._fault("shape", base, f"{columns} columns are no multiple of {layout.column_multiple}")
             return
-        for part in weight_format.parts:
+        for part in layout.parts:
             key = f"{base}{part.suffix}"
             for expert, span in slots:
                 self._place(key, found.get(part.suffix), part, module, projection, expert, span, (rows, columns))
-        if weight_format.shape_suffix is not None and self.has_notes:
-            self._note(f"{base}{weight_format.shape_suffix}", found.get(weight_format.shape_suffix), (rows, columns))
+        if layout.shape_part is not None:
+            note = layout.shape_part
+            self._note(f"{base}{note.suffix}", found.get(note.suffix), note, (rows, columns))
+        for part in layout.unused:
+            if part.suffix in found and self._is_as_planned(found[part.suffix], part, part.suffix, (rows, columns)):
+                self.unused.append(found[part.suffix].name)
 
     def _place(
         self,
@@ -229,23 +231,12 @@ class _LayerPlanner:
         span: Span,
         size: tuple[int, int],
     ) -> None:
-        name = f"{'w2' if projection == DOWN else 'w13'}_{part.suffix}"
+        name = f"{'w2' if projection == DOWN else 'w13'}_{part.name}"
         slot = f"slot {expert} of {name}" if module == "experts" else f"shared {name}"
         if info is None:
             self._fault("missing", key, f"{slot} is never written: no tensor")
             return
-        self.claimed.add(info.name)
-        rows, columns = size
-        if info.shape != part.shape(rows, columns):
-            wanted = f"{list(part.shape(rows, columns))} {dtype_name(part.dtype)}"
-            self._fault("shape", key, f"{slot} takes {wanted}, the tensor is {list(info.shape)} {_dtype(info)}")
-            return
-        if DTYPES.get(info.dtype) != part.dtype:
-            self._fault(
-                "dtype",
-                key,
-                f"{slot} is {dtype_name(part.dtype)}, the tensor {_dtype(info)}; a copy would cast in silence",
-            )
+        if not self._is_as_planned(info, part, slot, size):
             return
         try:
             placement = self._placement(info, part, f"{module}.{name}", projection, expert, span, size)
@@ -259,6 +250,26 @@ class _LayerPlanner:
         self.filled[filled] = key
         self.placements.append(placement)
 
+    def _is_as_planned(self, info: TensorInfo, part: Part, what: str, size: tuple[int, int]) -> bool:
+        """Claim a tensor, and say whether it has a shape and the dtype that `part` has in this layer."""
+        self.claimed.add(info.name)
+        if not part.fits(info.shape, *size):
+            wanted = " or ".join(str(list(shape)) for shape in part.shapes(*size))
+            self._fault(
+                "shape",
+                info.name,
+                f"{what} takes {wanted} {dtype_name(part.dtype)}, the tensor is {list(info.shape)} {_dtype(info)}",
+            )
+            return False
+        if DTYPES.get(info.dtype) != part.dtype:
+            self._fault(
+                "dtype",
+                info.name,
+                f"{what} is {dtype_name(part.dtype)}, the tensor {_dtype(info)}; a copy would cast in silence",
+            )
+            return False
+        return True
+
     def _placement(
         self, info: TensorInfo, part: Part, name: str, projection: str, expert: int, span: Span, size: tuple[int, int]
     ) -> Placement:
@@ -266,23 +277,27 @@ class _LayerPlanner:
         stored = part.shape(rows, columns)
         if projection == DOWN:
             source, into = ((0, stored[0]), part.stored_columns(span, columns)), (0, stored[0])
+            undivided = part.columns_per_item is None
         else:
             source = (part.stored_rows(span, rows), (0, stored[1]))
             height = source[0][1] - source[0][0]
             into = (0, height) if projection == GATE else (height, 2 * height)
+            undivided = part.rows_per_item is None
         whole = source == ((0, stored[0]), (0, stored[1]))
         return Placement(
-            key=info.name, param=self._param(name), expert=expert, rows=into, source=None if whole else source
+            key=info.name,
+            param=self._param(name),
+            expert=expert,
+            rows=into,
+            source=None if whole else source,
+            again=undivided and span[0] > 0,
         )
 
-    def _note(self, key: str, info: TensorInfo | None, size: tuple[int, int]) -> None:
+    def _note(self, key: str, info: TensorInfo | None, part: Part, size: tuple[int, int]) -> None:
         if info is None:
             self._fault("missing", key, "a shape to compare with: no tensor")
             return
-        self.claimed.add(info.name)
-        if info.shape != (2,) or info.dtype != "I64":
-            self._fault("shape", key, f"two int64 should be here, the tensor is {list(info.shape)} {_dtype(info)}")
-        else:
+        if self._is_as_planned(info, part, part.suffix, size):
             self.notes.append(ShapeNote(key=key, shape=size))
 
     # -- names and faults ---------------------------------------------------------------------------------------
@@ -303,7 +318,9 @@ class _LayerPlanner:
     def _no_format(self, kind: str, key: str) -> PlanFault:
         base, _, _ = key.rpartition(".")
         parts = sorted(
-            f"{n.rpartition('.')[2]} {i.dtype}" for n, i in self.index.tensors.items() if n.rpartition(".")[0] == base
+            f"{n.rpartition('.')[2]} {i.dtype} {list(i.shape)}"
+            for n, i in self.index.tensors.items()
+            if n.rpartition(".")[0] == base
         )
         problem = (
             f"{kind} experts are stored as {', '.join(parts) or 'nothing'}; this loader reads {', '.join(FORMATS)}"
@@ -328,26 +345,3 @@ class _LayerPlanner:
 def _dtype(info: TensorInfo) -> str:
     dtype = DTYPES.get(info.dtype)
     return info.dtype if dtype is None else dtype_name(dtype)
-
-
-def match_format(projections: Iterable[Projection]) -> WeightFormat | None:
-    """The loader's format of these projections: the one whose parts most of them have.
-
-    Where parts are missing everywhere, the format that is nearest by at least half, so that the faults can name them.
-    """
-    signatures = Counter(frozenset((suffix, info.dtype) for suffix, info in p.items()) for p in projections if p)
-    if not signatures:
-        return None
-    common = max(signatures, key=lambda s: (signatures[s], sorted(s)))
-    scores = {name: _likeness(common, f) for name, f in FORMATS.items()}
-    best = max(scores.values())
-    names = [name for name, score in scores.items() if score == best]
-    return FORMATS[names[0]] if best >= 0.5 and len(names) == 1 else None
-
-
-def _likeness(signature: frozenset[tuple[str, str]], weight_format: WeightFormat) -> float:
-    words: dict[torch.dtype, str] = {dtype: word for word, dtype in DTYPES.items()}
-    parts = {(part.suffix, words[part.dtype]) for part in weight_format.parts}
-    if weight_format.shape_suffix is not None:
-        parts.add((weight_format.shape_suffix, "I64"))
-    return len(signature & parts) / len(signature | parts)

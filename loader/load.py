@@ -62,7 +62,7 @@ def prepare(
     if index is None:
         raise CheckpointError(f"`{folder}` has no *.safetensors; the loader needs weights, not a config.json alone")
     family = family_of(rules, fresh, folder)
-    plan = build_plan(index, family, facts or fresh, decisions)
+    plan = build_plan(index, family, facts or fresh, decisions, rules.formats)
     return Prepared(facts=facts or fresh, family=family, index=index, plan=plan)
 
 

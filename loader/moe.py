@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loader.formats import WeightFormat, dequantize_stacked
+from loader.formats import Layout, dequantize_stacked
 from loader.kernels import Kernel
 from loader.kernels.eager import expert_mlp
 
@@ -119,27 +119,24 @@ class SharedGate(nn.Module):
 class Experts(nn.Module):
     """Stacked experts of one format: ``w13_<part>`` has gate rows, then up rows; ``w2_<part>`` is down."""
 
-    def __init__(
-        self, weight_format: WeightFormat, *, n_experts: int, hidden_size: int, width: int, kernel: Kernel
-    ) -> None:
+    def __init__(self, layout: Layout, *, n_experts: int, hidden_size: int, width: int, kernel: Kernel) -> None:
         super().__init__()
-        self.weight_format, self.kernel = weight_format, kernel
-        for part in weight_format.parts:
+        self.layout, self.kernel = layout, kernel
+        for part in layout.parts:
             rows, columns = part.shape(width, hidden_size)
-            self._declare(f"w13_{part.suffix}", (n_experts, 2 * rows, columns), part.dtype)
-            self._declare(f"w2_{part.suffix}", (n_experts, *part.shape(hidden_size, width)), part.dtype)
+            self._declare(f"w13_{part.name}", (n_experts, 2 * rows, columns), part.dtype)
+            self._declare(f"w2_{part.name}", (n_experts, *part.shape(hidden_size, width)), part.dtype)
 
     def _declare(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.register_parameter(name, empty_parameter(shape, dtype))
 
     def dequantize(self, experts_U: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``w13_U2FD`` and ``w2_UDF``; memory holds packed numbers only, apart from what this returns."""
-        suffixes = [part.suffix for part in self.weight_format.parts]
-        w13 = {suffix: getattr(self, f"w13_{suffix}")[experts_U] for suffix in suffixes}
-        w2 = {suffix: getattr(self, f"w2_{suffix}")[experts_U] for suffix in suffixes}
+        w13 = {part.role: getattr(self, f"w13_{part.name}")[experts_U] for part in self.layout.parts}
+        w2 = {part.role: getattr(self, f"w2_{part.name}")[experts_U] for part in self.layout.parts}
         return (
-            dequantize_stacked(self.weight_format, w13, dtype, stacked=2),
-            dequantize_stacked(self.weight_format, w2, dtype, stacked=1),
+            dequantize_stacked(self.layout, w13, dtype, stacked=2),
+            dequantize_stacked(self.layout, w2, dtype, stacked=1),
         )
 
     def forward(self, x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor) -> Tensor:

@@ -32,18 +32,53 @@ def pack_int4_g32(weight: Tensor) -> dict[str, Tensor]:
 
 def pack_mxfp4(weight: Tensor) -> dict[str, Tensor]:
     """Quark's ``fp4`` per group of 32, of ``(..., out, in)``; the scale is OCP's ``2 ** (floor(log2(amax)) - 2)``."""
-    *batch, rows, columns = weight.shape
-    blocks = weight.float().reshape(*batch, rows, columns // 32, 32)
-    exponent = (torch.frexp(blocks.abs().amax(-1)).exponent - 1 - 2).clamp(-127, 127)
-    scaled = torch.ldexp(blocks, -exponent.unsqueeze(-1))
-    # Halfway between neighbours of 0, 0.5, 1, 1.5, 2, 3, 4, 6; on a tie the even code wins, hence two ways of counting.
-    up_at_tie = torch.tensor([0.75, 1.75, 3.5])
-    down_at_tie = torch.tensor([0.25, 1.25, 2.5, 5.0])
-    size = scaled.abs()
-    code = torch.bucketize(size, up_at_tie, right=True) + torch.bucketize(size, down_at_tie, right=False)
-    code = (code + 8 * (scaled < 0)).to(torch.uint8).reshape(*batch, rows, columns)
-    packed = code[..., 0::2] + 16 * code[..., 1::2]
-    return {"weight": packed, "weight_scale": (exponent + 127).to(torch.uint8)}
+    groups = weight.float().unflatten(-1, (-1, 32))
+    exponent = _mx_exponent(groups, 2)
+    scaled = torch.ldexp(groups, -exponent.unsqueeze(-1)).flatten(-2)
+    return {"weight": _two_to_a_byte(_e2m1_code(scaled)), "weight_scale": (exponent + 127).to(torch.uint8)}
+
+
+def pack_mxfp8(weight: Tensor) -> dict[str, Tensor]:
+    """E4M3 in groups of 32, of ``(..., out, in)``; the scale is OCP's ``2 ** (floor(log2(amax)) - 8)``."""
+    groups = weight.float().unflatten(-1, (-1, 32))
+    exponent = _mx_exponent(groups, 8)
+    scaled = torch.ldexp(groups, -exponent.unsqueeze(-1)).flatten(-2)
+    return {"weight": _e4m3(scaled), "weight_scale": (exponent + 127).to(torch.uint8)}
+
+
+def pack_nvfp4(weight: Tensor) -> dict[str, Tensor]:
+    """ModelOpt's NVFP4 in groups of 16, of ``(..., out, in)``: one factor to each matrix, ``amax / (6 * 448)``.
+
+    ``input_scale`` is what calibrating activations would have left: a loader of weights has no use for it.
+    """
+    factor = weight.float().abs().amax((-2, -1)).clamp(min=1e-8) / (6 * 448)
+    packed, scale = _nvfp4(weight, factor)
+    return {
+        "weight": packed,
+        "weight_scale": scale,
+        "weight_scale_2": factor,
+        "input_scale": torch.full_like(factor, 0.0025),
+    }
+
+
+def pack_nvfp4_ct(weight: Tensor) -> dict[str, Tensor]:
+    """compressed-tensors' NVFP4, of ``(..., out, in)``: the factor, ``6 * 448 / amax`` of shape ``[1]``, divides."""
+    reciprocal = (6 * 448) / weight.float().abs().amax((-2, -1)).clamp(min=1e-8)
+    packed, scale = _nvfp4(weight, 1 / reciprocal)
+    return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": reciprocal.unsqueeze(-1)}
+
+
+def pack_fp8_channel(weight: Tensor) -> dict[str, Tensor]:
+    """compressed-tensors' E4M3 with a bf16 scale to each row, of ``(..., out, in)``."""
+    scale = (weight.float().abs().amax(-1, keepdim=True).clamp(min=1e-8) / 448).bfloat16()
+    return {"weight": _e4m3(weight.float() / scale.float()), "weight_scale": scale}
+
+
+def pack_fp8_tensor(weight: Tensor) -> dict[str, Tensor]:
+    """ModelOpt's E4M3 with a fp32 scale to each matrix, of ``(..., out, in)``; ``input_scale`` as in `pack_nvfp4`."""
+    scale = weight.float().abs().amax((-2, -1)).clamp(min=1e-8) / 448
+    numbers = _e4m3(weight.float() / scale[..., None, None])
+    return {"weight": numbers, "weight_scale": scale, "input_scale": torch.full_like(scale, 0.0025)}
 
 
 def pack_fp8_block(weight: Tensor) -> dict[str, Tensor]:
@@ -60,13 +95,50 @@ def pack_fp8_block(weight: Tensor) -> dict[str, Tensor]:
     return {"weight": packed, "weight_scale_inv": scale}
 
 
+def _mx_exponent(groups: Tensor, largest: int) -> Tensor:
+    """Of each group's scale, for elements whose largest number lies between ``2 ** largest`` and its double."""
+    return (torch.frexp(groups.abs().amax(-1)).exponent - 1 - largest).clamp(-127, 127)
+
+
+def _nvfp4(weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    groups = weight.float().unflatten(-1, (-1, 16))
+    factor = factor[..., None, None]
+    scale = (groups.abs().amax(-1) / (6 * factor)).clamp(2**-9, 448).to(torch.float8_e4m3fn)
+    scaled = (groups / (scale.float() * factor).unsqueeze(-1)).flatten(-2)
+    return _two_to_a_byte(_e2m1_code(scaled)), scale
+
+
+def _e4m3(numbers: Tensor) -> Tensor:
+    return numbers.clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def _e2m1_code(numbers: Tensor) -> Tensor:
+    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4 and 6, with a sign."""
+    # Halfway between neighbours the even code wins, hence two ways of counting.
+    up_at_tie = torch.tensor([0.75, 1.75, 3.5])
+    down_at_tie = torch.tensor([0.25, 1.25, 2.5, 5.0])
+    size = numbers.abs()
+    code = torch.bucketize(size, up_at_tie, right=True) + torch.bucketize(size, down_at_tie, right=False)
+    return (code + 8 * (numbers < 0)).to(torch.uint8)
+
+
+def _two_to_a_byte(code: Tensor) -> Tensor:
+    return code[..., 0::2] + 16 * code[..., 1::2]
+
+
 PACKERS: Mapping[str, Callable[[Tensor], dict[str, Tensor]]] = MappingProxyType(
     {
         "bf16": pack_dense(torch.bfloat16),
         "fp16": pack_dense(torch.float16),
+        "fp32": pack_dense(torch.float32),
         "fp8_block": pack_fp8_block,
+        "fp8_channel": pack_fp8_channel,
+        "fp8_tensor": pack_fp8_tensor,
         "int4_g32": pack_int4_g32,
         "mxfp4": pack_mxfp4,
+        "mxfp8": pack_mxfp8,
+        "nvfp4": pack_nvfp4,
+        "nvfp4_ct": pack_nvfp4_ct,
     }
 )
 """Format to a function from a weight ``(..., out, in)`` to its parts by suffix."""

@@ -11,7 +11,7 @@ import torch
 from gatekeeper import ranges
 from loader.checkpoint import dtype_name
 from loader.costs import FusionCost, RankBytes
-from loader.formats.base import Span
+from loader.formats.base import Layout, Span
 from loader.moe import RouterConfig
 from loader.text import count, human
 
@@ -30,6 +30,8 @@ class Placement:
     """Rows of the slot: gate_proj fills (0, F), up_proj (F, 2 * F), down_proj (0, D), in stored rows."""
     source: tuple[Span, Span] | None = None
     """Rows and columns of the tensor, in stored items; None: all of it."""
+    again: bool = False
+    """Whether another slot took the same: a scale of a whole matrix goes to each slot with a part of that matrix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +79,12 @@ class LayerPlan:
     """``mtp`` for a draft layer."""
     backend: str
     """Kernel of the experts: ``eager``."""
-    format: str
-    """Storage of the stacked experts: ``int4_g32``."""
+    layout: Layout
+    """How the checkpoint stores the experts in the stack."""
     shared: Literal["slot", "separate", "none"]
     """Where the shared expert goes."""
-    shared_format: str | None
-    """Storage of a shared expert on its own: ``bf16``; None where it has none of its own."""
+    shared_layout: Layout | None
+    """How it stores a shared expert on its own; None where there is none on its own."""
     n_routed: int
     """Routed experts E: 384."""
     n_shared: int
@@ -103,6 +105,18 @@ class LayerPlan:
     """What fills it; every row of every slot exactly once."""
     notes: tuple[ShapeNote, ...]
     """Tensors that are only compared."""
+    unused: tuple[str, ...] = ()
+    """Tensors that a layer's weights have no use for, by name: scales of quantized activations."""
+
+    @property
+    def format(self) -> str:
+        """Storage of the stacked experts: ``int4_g32``."""
+        return self.layout.name
+
+    @property
+    def shared_format(self) -> str | None:
+        """Storage of a shared expert on its own: ``bf16``."""
+        return None if self.shared_layout is None else self.shared_layout.name
 
     @property
     def n_slots(self) -> int:
@@ -167,6 +181,8 @@ class Plan:
         yield f"{self.runner}: {count(len(self.layers), 'MoE layer')} of {self.family}{alone}"
         for text, indices in _alike(self.layers).items():
             yield f"  {'layer' if len(indices) == 1 else 'layers'} {ranges(indices)}: {text}"
+        if unused := sum(len(layer.unused) for layer in self.layers):
+            yield f"  {count(unused, 'tensor')} of quantized activations not used: only weights are quantized here"
         yield f"  {n} placements, {human(self.nbytes)} in all; {self.per_rank.text()}"
         yield f"  {self.fusion.text()}"
 
@@ -210,7 +226,9 @@ def _layer_json(layer: LayerPlan, tensors: bool) -> dict[str, Any]:
         {"name": p.name, "shape": list(p.shape), "dtype": dtype_name(p.dtype), "bytes": p.nbytes} for p in layer.params
     ]
     answer["placements"] = len(layer.placements)
+    answer["unused"] = len(layer.unused)
     if tensors:
+        answer["unused_tensors"] = list(layer.unused)
         answer["tensors"] = [
             {
                 "key": p.key,

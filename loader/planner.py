@@ -6,7 +6,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gatekeeper import CheckpointError, Decision, Facts, Family, Index, MoeTensors, TensorInfo, find_moe_layers
+from gatekeeper import (
+    CheckpointError,
+    Decision,
+    Facts,
+    Family,
+    Format,
+    Index,
+    MoeTensors,
+    TensorInfo,
+    find_moe_layers,
+    load_rules,
+)
 from loader import obey
 from loader.accounts import Ledger
 from loader.costs import fusion_cost, rank_bytes
@@ -18,14 +29,22 @@ from loader.routing import router_config
 ROLES = {"target": "main", "draft": "mtp"}
 
 
-def build_plan(index: Index, family: Family, facts: Facts, decisions: Mapping[str, Decision]) -> Plan:
+def build_plan(
+    index: Index,
+    family: Family,
+    facts: Facts,
+    decisions: Mapping[str, Decision],
+    formats: Mapping[str, Format] | None = None,
+) -> Plan:
     """Say where every expert, router and shared tensor of the layers of `facts.runner` goes.
 
     A layer's shared expert fills slots where `shared_experts_fusion` is on in that layer, and stays on its own
-    everywhere else. Raises `PlanError` with every tensor and slot that does not work out, `CheckpointError` where
-    config.json has no sizes to plan with or the family is one that this loader can't compute.
+    everywhere else. `formats` are those of a rule set, the shipped one by default. Raises `PlanError` with every tensor
+    and slot that does not work out, `CheckpointError` where config.json has no sizes to plan with or the family is one
+    that this loader can't compute.
     """
     tensors = runner_layers(index, family, facts)
+    formats = load_rules().formats if formats is None else formats
     _require_supported(family)
     router = router_config(family, facts.values)
     widths = _widths(facts.values)
@@ -42,6 +61,7 @@ def build_plan(index: Index, family: Family, facts: Facts, decisions: Mapping[st
             fused_slots=obey.fused_slots(decisions, layer.index),
             router_bias=bool(family.names.router_bias),
             backend=obey.backend(decisions, layer.index),
+            formats=formats,
         )
         faults += found
         layers += [] if plan is None else [plan]
@@ -159,13 +179,15 @@ def _balance(plan: LayerPlan, index: Index) -> None:
         for param in plan.params
         for expert in (range(param.shape[0]) if ".experts." in param.name or ".shared." in param.name else [None])
     }
-    keys = {placement.key for placement in plan.placements} | {note.key for note in plan.notes}
+    keys = {placement.key for placement in plan.placements} | {note.key for note in plan.notes} | set(plan.unused)
     keys |= {name for name in index.tensors if name.startswith(f"{plan.name}.")}
     ledger = Ledger(slots, {key: index.tensors[key].shape for key in keys})
     for placement in plan.placements:
-        ledger.write((placement.param, placement.expert), placement.rows, placement.key, placement.source)
-    for note in plan.notes:
-        ledger.read(note.key)
+        ledger.write(
+            (placement.param, placement.expert), placement.rows, placement.key, placement.source, placement.again
+        )
+    for key in (*(note.key for note in plan.notes), *plan.unused):
+        ledger.read(key)
     problems = ledger.faults()
     if problems:
         raise PlanError(

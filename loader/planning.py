@@ -28,9 +28,9 @@ def plan_target(
     path = Path(target)
     index = read_index(path) if path.is_dir() else None
     if index is not None:
-        return build_plan(index, family, facts, decisions)
+        return build_plan(index, family, facts, decisions, rules.formats)
     if facts.runner_layers is None:
         raise CheckpointError(f"`{target}`: {fresh.layers_note or 'which layers have experts is unknown'}")
     config = path / "config.json" if path.is_dir() else path
     index = announced_index(config, facts.runner_layers, facts.values, family, rules.formats)
-    return replace(build_plan(index, family, facts, decisions), source="config")
+    return replace(build_plan(index, family, facts, decisions, rules.formats), source="config")

@@ -1,16 +1,17 @@
-"""Storage formats by the name that ``rules/formats`` gives them."""
+"""Storage formats: ``rules/formats`` says what a checkpoint's tensors look like, one small file here what they mean."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from loader.formats.base import Layout, Part, StraddleError, WeightFormat, dequantize_stacked
+from loader.formats.layouts import FORMATS, layout_of, match_layout
 
-from loader.formats import bf16, fp8_block, fp16, int4_g32, mxfp4
-from loader.formats.base import Part, StraddleError, WeightFormat, dequantize_stacked
-
-_ALL: tuple[WeightFormat, ...] = (bf16.FORMAT, fp16.FORMAT, fp8_block.FORMAT, int4_g32.FORMAT, mxfp4.FORMAT)
-
-FORMATS: Mapping[str, WeightFormat] = MappingProxyType({each.name: each for each in _ALL})
-"""What this loader can put into memory."""
-
-__all__ = ["FORMATS", "Part", "StraddleError", "WeightFormat", "dequantize_stacked"]
+__all__ = [
+    "FORMATS",
+    "Layout",
+    "Part",
+    "StraddleError",
+    "WeightFormat",
+    "dequantize_stacked",
+    "layout_of",
+    "match_layout",
+]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loader.formats.base import MLP_ROUNDINGS, Part
+from loader.formats.base import MLP_ROUNDINGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,9 +16,7 @@ class Dense:
     """A floating-point dtype that needs no arithmetic at all."""
 
     name: str
-    parts: tuple[Part, ...]
-    shape_suffix: None = None
-    column_multiple: int = 1
+    roles: tuple[str, ...] = ("weight",)
     roundings: int = MLP_ROUNDINGS
 
     def dequantize(self, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -26,4 +24,4 @@ class Dense:
         return stored["weight"].to(dtype)
 
 
-FORMAT = Dense("bf16", (Part(suffix="weight", dtype=torch.bfloat16),))
+FORMAT = Dense("bf16")

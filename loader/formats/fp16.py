@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
-from loader.formats.base import Part
 from loader.formats.bf16 import Dense
 
-FORMAT = Dense("fp16", (Part(suffix="weight", dtype=torch.float16),))
+FORMAT = Dense("fp16")

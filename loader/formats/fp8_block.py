@@ -1,7 +1,8 @@
-"""DeepSeek FP8: E4M3 numbers with one fp32 scale to a block of 128 x 128.
+"""FP8 in blocks: E4M3 numbers with one scale to a block of 128 x 128, the last block of an axis may be a partial one.
 
-``weight_scale_inv`` is the multiplier in spite of its name: ``weight_dequant`` in
-https://github.com/deepseek-ai/DeepSeek-V3/blob/main/inference/kernel.py.
+DeepSeek's ``weight_scale_inv`` is the multiplier in spite of its name: ``weight_dequant`` in
+https://github.com/deepseek-ai/DeepSeek-V3/blob/main/inference/kernel.py. compressed-tensors (``weight_scale``) and
+DeepSeek V4 (``scale``, an exponent) mean the same by theirs.
 """
 
 from __future__ import annotations
@@ -12,27 +13,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loader.formats.base import MLP_ROUNDINGS, Part
+from loader.formats.base import SCALED_ROUNDINGS
+from loader.formats.numbers import scale_numbers
 
 BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
 class FP8Block:
-    """``weight`` E4M3 ``(out, in)``, ``weight_scale_inv`` fp32 ``(ceil(out / 128), ceil(in / 128))``."""
+    """``weight`` E4M3 ``(out, in)``, ``scale`` ``(ceil(out / 128), ceil(in / 128))`` in fp32, bf16, fp16 or E8M0."""
 
     name: str = "fp8_block"
-    parts: tuple[Part, ...] = (
-        Part(suffix="weight", dtype=torch.float8_e4m3fn),
-        Part(suffix="weight_scale_inv", dtype=torch.float32, rows_per_item=BLOCK, columns_per_item=BLOCK),
-    )
-    shape_suffix: None = None
-    column_multiple: int = 1  # the last block may be a partial one
-    roundings: int = MLP_ROUNDINGS + 3  # number x scale is rounded to the compute dtype in each of gate, up and down
+    roles: tuple[str, ...] = ("weight", "scale")
+    roundings: int = SCALED_ROUNDINGS
 
     def dequantize(self, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """``weight * scale`` of the block, multiplied in fp32."""
-        weight, scale = stored["weight"], stored["weight_scale_inv"]
+        weight, scale = stored["weight"], scale_numbers(stored["scale"])
         rows, columns = weight.shape[-2:]
         wide = scale.repeat_interleave(BLOCK, -2)[..., :rows, :].repeat_interleave(BLOCK, -1)[..., :columns]
         return (weight.float() * wide).to(dtype)

@@ -1,7 +1,7 @@
-"""Quark MXFP4: E2M1 numbers, two to a byte, with one E8M0 scale to 32 columns.
+"""MXFP4: E2M1 numbers, two to a byte, with one E8M0 scale to 32 columns.
 
-Element formats: OCP Microscaling Formats specification 1.0, sections 5.3 and 5.4; the order of nibbles (the first
-column is the low one) is Quark's ``Pack_fp4``, pinned by its own bytes in ``tests/loader/test_conformance.py``.
+Quark, compressed-tensors, gpt-oss and DeepSeek V4 write the same bytes under other names and dtypes: the first column
+is the low nibble. Pinned by their own bytes in ``tests/loader/test_conformance.py``.
 """
 
 from __future__ import annotations
@@ -12,36 +12,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loader.formats.base import MLP_ROUNDINGS, Part
-
-BLOCK = 32
-# Code is sign, two bits of exponent, one of mantissa.
-_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
-# Code is the exponent plus 127; there is no zero and no sign, and 255 is NaN.
-_E8M0 = torch.tensor([2.0 ** (code - 127) for code in range(255)] + [float("nan")])
+from loader.formats.base import MLP_ROUNDINGS
+from loader.formats.numbers import by_group, e2m1, scale_numbers
 
 
 @dataclass(frozen=True, slots=True)
 class MXFP4:
-    """``weight`` uint8 ``(out, in / 2)``, ``weight_scale`` uint8 ``(out, in / 32)``."""
+    """``weight`` uint8 or int8 ``(out, in / 2)``, ``scale`` uint8 or E8M0 ``(out, in / 32)``."""
 
     name: str = "mxfp4"
-    parts: tuple[Part, ...] = (
-        Part(suffix="weight", dtype=torch.uint8, columns_per_item=2),
-        Part(suffix="weight_scale", dtype=torch.uint8, columns_per_item=BLOCK),
-    )
-    shape_suffix: None = None
-    column_multiple: int = BLOCK
+    roles: tuple[str, ...] = ("weight", "scale")
     roundings: int = MLP_ROUNDINGS  # an E2M1 number times a power of two is exact in bf16
 
     def dequantize(self, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """``e2m1(nibble) * 2 ** (scale - 127)``."""
-        packed = stored["weight"]
-        nibbles = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)
-        numbers = _E2M1.to(packed.device, dtype)[nibbles.int()].unflatten(-1, (-1, BLOCK))
-        scale = _E8M0.to(packed.device, dtype)[stored["weight_scale"].int()].unsqueeze(-1)
-        weight: Tensor = (numbers * scale).flatten(-2)
-        return weight
+        return by_group(e2m1(stored["weight"]), scale_numbers(stored["scale"])).to(dtype)
 
 
 FORMAT = MXFP4()
+
+
+def join_blocks(blocks: Tensor) -> Tensor:
+    """gpt-oss's ``*_blocks``, uint8 ``(..., rows, columns / 32, 16)``, to ``weight`` ``(..., rows, columns / 2)``.
+
+    A view of the same bytes; ``*_scales`` is ``scale`` as it stands. Source: `convert_moe_packed_tensors` in
+    ``transformers/integrations/mxfp4.py``, before it transposes.
+    """
+    return blocks.flatten(-2)

@@ -10,7 +10,7 @@ from typing import Any
 
 from gatekeeper import Family, Index, RuleSet, TensorInfo, load_rules
 from loader.checkpoint import DTYPES
-from loader.formats import FORMATS
+from loader.formats import layout_of
 
 BYTES = {word: dtype.itemsize for word, dtype in DTYPES.items()}
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
@@ -78,7 +78,8 @@ def tensor(name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
 
 def projections(base: str, format_name: str, width: int, hidden: int) -> list[TensorInfo]:
     """All tensors of one MLP."""
-    weight_format = FORMATS[format_name]
+    layout = layout_of(shipped().formats[format_name])
+    noted = shipped().formats[format_name].signatures[0].suffix_of("shape")
     found = []
     for projection, (rows, columns) in {
         "gate": (width, hidden),
@@ -86,9 +87,9 @@ def projections(base: str, format_name: str, width: int, hidden: int) -> list[Te
         "down": (hidden, width),
     }.items():
         start = f"{base}.{projection}_proj."
-        found += [tensor(f"{start}{p.suffix}", WORDS[p.dtype], p.shape(rows, columns)) for p in weight_format.parts]
-        if weight_format.shape_suffix is not None:
-            found.append(tensor(f"{start}{weight_format.shape_suffix}", "I64", (2,)))
+        found += [tensor(f"{start}{p.suffix}", WORDS[p.dtype], p.shapes(rows, columns)[0]) for p in layout.parts]
+        if noted is not None:
+            found.append(tensor(f"{start}{noted}", "I64", (2,)))
     return found
 
 

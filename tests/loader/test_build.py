@@ -37,7 +37,7 @@ def test_weights_stay_packed_and_lie_where_the_plan_says(made: Callable[..., Pat
     experts = layers[0].experts
     base = plan.layers[0].name
     with Checkpoint(index) as checkpoint:
-        for part in experts.weight_format.parts:
+        for part in experts.layout.parts:
             stacked = getattr(experts, f"w13_{part.suffix}")
             assert stacked.dtype == part.dtype and stacked.shape[0] == 17
             for slot, module in ((0, "experts.0"), (15, "experts.15"), (16, "shared_experts")):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loader.formats import FORMATS
+from loader.formats import layout_of
 from loader.kernels import KERNELS
 from loader.moe import Experts, MoELayer, Router, RouterConfig, SharedExpert, SharedGate, SharedSlotRouter
+from tests.loader.fakes import shipped
 from tests.reference import Mlp, Routing, moe
 
 T, D, F, E, K = 5, 7, 3, 12, 3
@@ -28,7 +29,9 @@ def parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def stack(mlps: list[Mlp], width: int, kernel: str = "eager", d: int = D) -> Experts:
-    experts = Experts(FORMATS["bf16"], n_experts=len(mlps), hidden_size=d, width=width, kernel=KERNELS[kernel])
+    experts = Experts(
+        layout_of(shipped().formats["bf16"]), n_experts=len(mlps), hidden_size=d, width=width, kernel=KERNELS[kernel]
+    )
     experts.w13_weight = parameter(torch.stack([torch.cat([m.gate, m.up]) for m in mlps]))
     experts.w2_weight = parameter(torch.stack([m.down for m in mlps]))
     return experts

@@ -1,0 +1,33 @@
+"""ModelOpt NVFP4: E2M1 numbers, two to a byte, with one E4M3 scale to 16 columns and one fp32 factor to the matrix.
+
+Source: `NVFP4QTensor.dequantize` in https://github.com/NVIDIA/Model-Optimizer,
+``modelopt/torch/quantization/qtensor/nvfp4_tensor.py``: the two scales are multiplied first, in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loader.formats.base import SCALED_ROUNDINGS
+from loader.formats.numbers import by_group, e2m1
+
+
+@dataclass(frozen=True, slots=True)
+class NVFP4:
+    """``weight`` uint8 ``(out, in / 2)``, ``scale`` E4M3 ``(out, in / 16)``, ``global_scale`` fp32 ``(1, 1)``."""
+
+    name: str = "nvfp4"
+    roles: tuple[str, ...] = ("weight", "scale", "global_scale")
+    roundings: int = SCALED_ROUNDINGS
+
+    def dequantize(self, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """``e2m1(nibble) * (scale * global_scale)`` in fp32."""
+        scale = stored["scale"].float() * stored["global_scale"]
+        return by_group(e2m1(stored["weight"]), scale).to(dtype)
+
+
+FORMAT = NVFP4()
