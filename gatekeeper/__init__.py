@@ -12,6 +12,7 @@ from gatekeeper.lean import CompiledFeature
 from gatekeeper.load import load_rules, parse_rule_set
 from gatekeeper.reading import join, open_target, read_facts, runners_of
 from gatekeeper.rules import RuleSet
+from gatekeeper.stacking import View
 from gatekeeper.values import ABSENT, UNKNOWN, Reading, Value, Values
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "TensorInfo",
     "Value",
     "Values",
+    "View",
     "announced_index",
     "decide",
     "find_moe_layers",

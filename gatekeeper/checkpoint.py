@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from gatekeeper.errors import CheckpointError
+from gatekeeper.stacking import View
 
 MAX_HEADER_BYTES = 100_000_000
 """What the safetensors library itself accepts (``MAX_HEADER_SIZE`` in its ``tensor.rs``)."""
@@ -51,6 +52,8 @@ class TensorInfo:
     """First byte in the shard's file (absolute, not relative to its data)."""
     end: int
     """One past the last byte in the shard's file."""
+    view: View | None = None
+    """What of the tensor is meant, where it holds more than one matrix; `shape` is that matrix's then."""
 
     @property
     def nbytes(self) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from gatekeeper.checkpoint import Index, TensorInfo
 from gatekeeper.errors import CheckpointError, FactError, Fault, RuleError, Where
 from gatekeeper.expressions import Expression, parse_expression
 from gatekeeper.source import Document
+from gatekeeper.stacking import KINDS, PROJECTIONS_OF, Stacking
 from gatekeeper.values import UNKNOWN, Missing, Value, Values
 from gatekeeper.waivers import Waiver, read_waivers
 
@@ -21,8 +22,6 @@ Role = Literal["main", "mtp"]
 MAX_LAYERS = 10_000
 """A config.json that claims more layers or draft layers than this is broken or hostile."""
 MAX_EXPERTS = 100_000
-STACKED = ("gate_up", "gate", "up", "down")
-"""Tensors that may hold a projection of all experts at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +34,10 @@ class Names:
     """Of draft (MTP) layers; `{layer}` counts on after the last layer, `{draft}` from 0. Empty: none has experts."""
     routed: str = ""
     """One expert's projection below the block: `experts.{expert}.{projection}`."""
-    stacked: Mapping[str, Any] | None = None
-    """Where all experts are in one tensor instead: `module`, `gate_up` or `gate` and `up`, `down`, `transposed`,
-    `interleaved`."""
+    stacked: Stacking | None = None
+    """Where all experts are in one tensor instead; a family may have both, and each checkpoint one of them."""
+    expert_bias: str = ""
+    """Suffix of the experts' biases, `bias`: `experts.0.up_proj.bias` or `experts.down_proj_bias`; empty: none."""
     shared: str = ""
     """`shared_experts.{projection}`; empty where there is no shared expert."""
     projections: Mapping[str, str] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Names:
 
     def stacked_module(self, block: str) -> str:
         """The module that holds all routed experts in one, where the family may have them so."""
-        return f"{block}.{self.stacked['module']}" if self.stacked else ""
+        return f"{block}.{self.stacked.module}" if self.stacked else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,9 @@ class Family:
     """True for the layers with experts; reads `model.*` and `layer.index`."""
     names: Names
     router: Mapping[str, Any]
-    """What the loader needs beyond `model.*`; see ``schema/family.schema.json``."""
+    """What the loader's router needs beyond `model.*`; see ``schema/family.schema.json``."""
+    experts: Mapping[str, Any]
+    """What the loader's experts need beyond `model.*`; see there too."""
     ue8m0_scales: str
     """How the family stores FP8 block scales that are powers of two: `fp32` (as numbers) or `e8m0` (as bytes)."""
     loads_fused_shared: bool
@@ -124,7 +126,8 @@ class Family:
             layers=tuple(raw["layers"]),
             draft_layers=tuple(raw.get("draft_layers", ())),
             routed=raw.get("routed", ""),
-            stacked=raw.get("stacked"),
+            stacked=Stacking.parse(raw["stacked"]) if "stacked" in raw else None,
+            expert_bias=raw.get("expert_bias", ""),
             shared=raw.get("shared", ""),
             projections=dict(raw.get("projections", {})),
             shared_projections=dict(raw.get("shared_projections") or raw.get("projections", {})),
@@ -145,6 +148,7 @@ class Family:
             moe_layer=moe_layer,
             names=names,
             router=data.get("router", {}),
+            experts=data.get("experts", {}),
             ue8m0_scales=data.get("ue8m0_scales", "fp32"),
             loads_fused_shared=data.get("loads_fused_shared", False),
             gateless=data.get("gateless", {}),
@@ -186,11 +190,13 @@ def select_family(
 ) -> Family | None:
     """The family of a model: a wrapper's match beats a model type's, which beats an architecture's.
 
-    DeepSeek V3, Kimi K2 and Kimi K2.5 share one architecture. Of `model_types` the first that matches counts. Raises
+    DeepSeek V3, Kimi K2 and Kimi K2.5 share one architecture. A language model without an architecture of its own goes
+    by its wrapper's, so that one may be a wrapper too. Of `model_types` the first that matches counts. Raises
     `FactError` where two families match equally well.
     """
+    wrapper = wrapper_architecture or architecture
     for found in (
-        [f for f in families if wrapper_architecture in f.wrapper_architectures],
+        [f for f in families if wrapper in f.wrapper_architectures],
         *([f for f in families if model_type in f.model_types] for model_type in model_types),
         [f for f in families if architecture in f.architectures],
     ):
@@ -229,6 +235,51 @@ class MoeTensors:
     router: TensorInfo | None
     router_bias: TensorInfo | None
     shared_gate: TensorInfo | None
+    routed_bias: tuple[Mapping[str, TensorInfo], ...] = ()
+    """For each expert: projection to its bias; empty mappings where there is none."""
+    stacked_bias: Mapping[str, TensorInfo] = field(default_factory=dict)
+    """`gate_up` (or `gate`, `up`) and `down` to the biases of all experts."""
+    stacking: Stacking | None = None
+    """How the family stacks experts."""
+
+    @property
+    def n_experts(self) -> int:
+        """Routed experts that have a place here, whether or not their tensors are there."""
+        return len(self.routed) or max(
+            (info.shape[0] for parts in self.stacked.values() for info in parts.values() if info.shape), default=0
+        )
+
+    def expert(self, number: int) -> Mapping[str, Mapping[str, TensorInfo]]:
+        """Projection to suffix to tensor of one routed expert, stacked or not.
+
+        Of a stack each tensor comes with the shape of the expert's own matrix and a `view` of where that is; what
+        can't be cut out is left out.
+        """
+        if self.routed:
+            return self.routed[number] if number < len(self.routed) else {}
+        found: dict[str, dict[str, TensorInfo]] = _nested()
+        for kind, parts in self.stacked.items():
+            for suffix, info in parts.items():
+                for projection, one in self._cut(kind, suffix, info, number):
+                    found[projection][suffix] = one
+        return dict(found)
+
+    def expert_bias(self, number: int) -> Mapping[str, TensorInfo]:
+        """Projection to bias of one routed expert, as `expert`."""
+        if self.routed:
+            return self.routed_bias[number] if number < len(self.routed_bias) else {}
+        return {
+            projection: one
+            for kind, info in self.stacked_bias.items()
+            for projection, one in self._cut(kind, "", info, number)
+        }
+
+    def _cut(self, kind: str, suffix: str, info: TensorInfo, number: int) -> Iterator[tuple[str, TensorInfo]]:
+        assert self.stacking is not None
+        for projection in PROJECTIONS_OF[kind]:
+            view = self.stacking.view(kind, projection, suffix, info.shape, number)
+            if view is not None:
+                yield projection, replace(info, shape=view.shape(info.shape), view=view)
 
 
 @dataclass(slots=True)
@@ -237,7 +288,9 @@ class _Found:
 
     name: str
     routed: dict[int, dict[str, dict[str, TensorInfo]]] = field(default_factory=lambda: defaultdict(_nested))
+    routed_bias: dict[int, dict[str, TensorInfo]] = field(default_factory=lambda: defaultdict(dict))
     stacked: dict[str, dict[str, TensorInfo]] = field(default_factory=lambda: defaultdict(dict))
+    stacked_bias: dict[str, TensorInfo] = field(default_factory=dict)
     shared: dict[str, dict[str, TensorInfo]] = field(default_factory=lambda: defaultdict(dict))
     single: dict[str, TensorInfo] = field(default_factory=dict)
 
@@ -279,22 +332,32 @@ def find_moe_layers(index: Index, family: Family, values: Values) -> tuple[MoeTe
                 expert = int(groups["expert"])
                 if expert >= MAX_EXPERTS:
                     raise CheckpointError(f"{info.shard}: `{name}` is of expert {expert}, more than {MAX_EXPERTS}")
-                layer.routed[expert][of_routed[groups["projection"]]][groups["suffix"]] = info
+                projection = of_routed[groups["projection"]]
+                if groups["suffix"] == family.names.expert_bias:
+                    layer.routed_bias[expert][projection] = info
+                else:
+                    layer.routed[expert][projection][groups["suffix"]] = info
             elif kind == "shared":
                 layer.shared[of_shared[groups["projection"]]][groups["suffix"]] = info
-            elif kind in STACKED:
+            elif kind in KINDS and info.shape and info.shape[0] > MAX_EXPERTS:
+                raise CheckpointError(f"{info.shard}: `{name}` holds {info.shape[0]} experts, more than {MAX_EXPERTS}")
+            elif kind in KINDS and groups["suffix"] and groups["suffix"] == family.names.expert_bias:
+                layer.stacked_bias[kind] = info
+            elif kind in KINDS:
                 layer.stacked[kind][groups["suffix"] or "weight"] = info
             else:
                 layer.single[kind] = info
             break
     return tuple(
-        _finished(role, number, layer, values.get("model.n_routed_experts", UNKNOWN))
+        _finished(role, number, layer, values.get("model.n_routed_experts", UNKNOWN), family.names.stacked)
         for (role, number), layer in sorted(found.items())
         if layer.routed or layer.stacked
     )
 
 
-def _finished(role: Role, number: int, layer: _Found, declared: Value | Missing) -> MoeTensors:
+def _finished(
+    role: Role, number: int, layer: _Found, declared: Value | Missing, stacking: Stacking | None
+) -> MoeTensors:
     count = max(layer.routed, default=-1) + 1
     if layer.routed and isinstance(declared, int) and declared <= MAX_EXPERTS:
         count = max(count, declared)
@@ -308,6 +371,9 @@ def _finished(role: Role, number: int, layer: _Found, declared: Value | Missing)
         router=layer.single.get("router"),
         router_bias=layer.single.get("router_bias"),
         shared_gate=layer.single.get("shared_gate"),
+        routed_bias=tuple(dict(layer.routed_bias.get(e, {})) for e in range(count)) if layer.routed_bias else (),
+        stacked_bias=dict(layer.stacked_bias),
+        stacking=stacking,
     )
 
 
@@ -328,10 +394,9 @@ def _below(names: Names) -> list[tuple[str, re.Pattern[str]]]:
         found.append(("routed", pattern(names.routed, names.projections)))
     if names.shared:
         found.append(("shared", pattern(names.shared, names.shared_projections)))
-    for kind in STACKED:
-        if names.stacked and kind in names.stacked:
-            # One parameter of the module, or with parts: `gate_up_proj`, `gate_up_proj_scales`, `gate_up_proj.weight`.
-            found.append((kind, re.compile(re.escape(names.stacked[kind]) + r"(?:[._](?P<suffix>[^.]+))?")))
+    for kind, name in names.stacked.names.items() if names.stacked else ():
+        # One parameter of the module, or with parts: `gate_up_proj`, `gate_up_proj_scales`, `gate_up_proj.weight`.
+        found.append((kind, re.compile(re.escape(name) + r"(?:[._](?P<suffix>[^.]+))?")))
     singles = (("router", names.router), ("router_bias", names.router_bias), ("shared_gate", names.shared_gate))
     return found + [(kind, re.compile(re.escape(text))) for kind, text in singles if text]
 

@@ -6,14 +6,28 @@ It knows nothing of how a plan is made, so that it can find a plan's own mistake
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
+from typing import NamedTuple
 
+from gatekeeper import View
 from loader.formats.base import Span
 
 Slot = tuple[str, int | None]
 """A parameter and the expert in it."""
 Block = tuple[Span, Span]
+"""Rows and columns of a matrix."""
+
+
+class _Use(NamedTuple):
+    """What one placement takes of a tensor; of a stack, a block of one expert's matrix in it."""
+
+    view: View | None
+    block: Block | None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.view is None and self.block is None
 
 
 class Ledger:
@@ -23,20 +37,28 @@ class Ledger:
         """`slots`: every slot to its number of rows. `tensors`: every tensor that must be used, to its shape."""
         self._slots, self._tensors = slots, tensors
         self._written: dict[Slot, list[tuple[Span, str]]] = defaultdict(list)
-        self._used: dict[str, list[Block | None]] = defaultdict(list)
+        self._used: dict[str, list[_Use]] = defaultdict(list)
 
-    def write(self, slot: Slot, rows: Span, key: str, block: Block | None = None, again: bool = False) -> None:
-        """Note that `block` of tensor `key` (None: all of it) fills `rows` of `slot`.
+    def write(
+        self,
+        slot: Slot,
+        rows: Span,
+        key: str,
+        block: Block | None = None,
+        again: bool = False,
+        view: View | None = None,
+    ) -> None:
+        """Note that `block` (None: all) of tensor `key`, or of the matrix that `view` shows in it, fills `rows`.
 
         `again`: on purpose another slot takes the same, and counts as the use of it.
         """
         self._written[slot].append((rows, key))
         if not again:
-            self._used[key].append(block)
+            self._used[key].append(_Use(view, block))
 
     def read(self, key: str) -> None:
         """Note that all of tensor `key` was used, to no slot."""
-        self._used[key].append(None)
+        self._used[key].append(_Use(None, None))
 
     def faults(self) -> list[str]:
         """All that does not add up, sorted; empty when everything does."""
@@ -60,25 +82,51 @@ class Ledger:
             yield f"has {rows} rows, row {position - 1} was written"
 
     def _uses(self, key: str, shape: tuple[int, ...]) -> Iterable[str]:
-        blocks = self._used[key]
-        if not blocks:
+        uses = self._used[key]
+        if not uses:
             yield "is never used"
-        elif None in blocks:
-            if len(blocks) > 1:
-                yield f"is used {len(blocks)} times"
+        elif any(use.is_whole for use in uses):
+            if len(uses) > 1:
+                yield f"is used {len(uses)} times"
         else:
-            yield from _tiling([block for block in blocks if block is not None], shape)
+            yield from _tiling(uses, shape)
 
 
-def _tiling(blocks: list[Block], shape: tuple[int, ...]) -> Iterable[str]:
-    """Whether disjoint `blocks` cover a matrix, or a vector as a column: all of its elements, and none twice."""
-    for i, (rows, columns) in enumerate(blocks):
-        for other_rows, other_columns in blocks[i + 1 :]:
-            if _overlap(rows, other_rows) and _overlap(columns, other_columns):
-                yield f"has a block that is used twice, at row {max(rows[0], other_rows[0])}"
-    used = sum((r[1] - r[0]) * (c[1] - c[0]) for r, c in blocks)
-    if len(shape) > 2 or used != prod(shape):
+def _tiling(uses: Sequence[_Use], shape: tuple[int, ...]) -> Iterable[str]:
+    """Whether disjoint uses cover a tensor, or a vector as a column: all of its elements, and none twice."""
+    areas: dict[int | None, list[tuple[range, Span]]] = defaultdict(list)
+    for use in uses:
+        areas[None if use.view is None else use.view.item].append(_area(use, shape))
+    for item, parts in areas.items():
+        where = "" if item is None else f" of expert {item}"
+        for i, (rows, columns) in enumerate(parts):
+            for other_rows, other_columns in parts[i + 1 :]:
+                if _overlap(columns, other_columns) and (twice := _shared_row(rows, other_rows)) is not None:
+                    yield f"has a block that is used twice, at row {twice}{where}"
+    used = sum(len(rows) * (columns[1] - columns[0]) for parts in areas.values() for rows, columns in parts)
+    if used != prod(shape) or (None in areas and len(shape) > 2):
         yield f"of shape {list(shape)} is used in part: {used} elements"
+
+
+def _area(use: _Use, shape: tuple[int, ...]) -> tuple[range, Span]:
+    """Rows and columns that a use takes of its item, or of the tensor where that is one matrix."""
+    if use.view is None:
+        assert use.block is not None
+        return range(*use.block[0]), use.block[1]
+    matrix = use.view.shape(shape)
+    columns = (0, matrix[1] if len(matrix) > 1 else 1)
+    if use.block is None:
+        return use.view.rows, columns
+    (first, last), columns = use.block
+    return use.view.rows[first:last], columns
+
+
+def _shared_row(a: range, b: range) -> int | None:
+    """The first row that is in both; rows of gate and up that take turns are in neither's way."""
+    if a.step == b.step == 1:
+        first, last = max(a.start, b.start), min(a.stop, b.stop)
+        return first if first < last else None
+    return min(set(a) & set(b), default=None)
 
 
 def _overlap(a: Span, b: Span) -> bool:

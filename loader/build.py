@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from gatekeeper import Index
 from loader.accounts import Ledger, Slot
+from loader.activation import ExpertConfig
 from loader.checkpoint import Checkpoint, dtype_name
 from loader.errors import BuildError
 from loader.formats import Layout
-from loader.kernels import KERNELS, Kernel
+from loader.kernels import KERNELS
 from loader.moe import (
     Experts,
     MoELayer,
@@ -52,7 +53,7 @@ def build(plan: Plan, index: Index, device: torch.device | str = "cpu") -> tuple
     does not add up) or `CheckpointError` (a file that can't be read); after either, no memory is left allocated.
     """
     where = _device(device)
-    skeletons = [assemble(layer, plan.router) for layer in plan.layers]
+    skeletons = [assemble(layer, plan.router, plan.experts) for layer in plan.layers]
     try:
         with Checkpoint(index) as checkpoint:
             for skeleton in skeletons:
@@ -76,7 +77,7 @@ def _device(device: torch.device | str) -> torch.device:
     return where
 
 
-def assemble(plan: LayerPlan, router: RouterConfig) -> _Skeleton:
+def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Skeleton:
     """The modules that `plan` asks for, without memory; raises `BuildError` if they differ from its parameters."""
     try:
         kernel = KERNELS[plan.backend]
@@ -89,19 +90,31 @@ def assemble(plan: LayerPlan, router: RouterConfig) -> _Skeleton:
     def vacant(name: str) -> nn.Parameter:
         return empty_parameter(specs[name].shape, specs[name].dtype)
 
-    bias = vacant("router.e_score_correction_bias") if plan.router_bias else None
+    bias = vacant(router.bias_parameter) if plan.router_bias else None
     routing = Router(router, vacant("router.weight"), bias)
-    homes["router.weight"] = (routing, "weight")
-    if bias is not None:
-        homes["router.e_score_correction_bias"] = (routing, "e_score_correction_bias")
+    homes |= {f"router.{name}": (routing, name) for name, _ in routing.named_parameters()}
     gate = SharedGate(vacant("shared_gate.weight")) if plan.shared_gate else None
     if gate is not None:
         homes["shared_gate.weight"] = (gate, "weight")
-    experts = _experts(plan.layout, plan.n_slots, plan.width, plan, kernel, "experts", homes)
+
+    def stack(prefix: str, layout: Layout, n_experts: int, width: int) -> Experts:
+        bias = specs.get(f"{prefix}.w13_bias")
+        made = Experts(
+            layout,
+            n_experts=n_experts,
+            hidden_size=plan.hidden_size,
+            width=width,
+            kernel=kernel,
+            config=config,
+            bias_dtype=None if bias is None else bias.dtype,
+        )
+        homes.update({f"{prefix}.{name}": (made, name) for name, _ in made.named_parameters()})
+        return made
+
+    experts = stack("experts", plan.layout, plan.n_slots, plan.width)
     shared = None
     if plan.shared == "separate" and plan.shared_layout is not None:
-        stack = _experts(plan.shared_layout, 1, plan.shared_width, plan, kernel, "shared", homes)
-        shared = SharedExpert(stack, gate)
+        shared = SharedExpert(stack("shared", plan.shared_layout, 1, plan.shared_width), gate)
     chooser = SharedSlotRouter(routing, plan.n_shared, gate) if plan.shared == "slot" else routing
     layer = MoELayer(index=plan.index, name=plan.name, router=chooser, experts=experts, shared=shared)
     skeleton = _Skeleton(layer, plan, {base + name: home for name, home in homes.items()})
@@ -109,20 +122,6 @@ def assemble(plan: LayerPlan, router: RouterConfig) -> _Skeleton:
     if declared != {param.name: (param.shape, param.dtype) for param in plan.params}:
         raise BuildError(f"layer {plan.index}: the plan's parameters are not those of its modules: {sorted(declared)}")
     return skeleton
-
-
-def _experts(
-    layout: Layout,
-    n_experts: int,
-    width: int,
-    plan: LayerPlan,
-    kernel: Kernel,
-    prefix: str,
-    homes: dict[str, tuple[nn.Module, str]],
-) -> Experts:
-    experts = Experts(layout, n_experts=n_experts, hidden_size=plan.hidden_size, width=width, kernel=kernel)
-    homes |= {f"{prefix}.{name}": (experts, name) for name, _ in experts.named_parameters()}
-    return experts
 
 
 def _allocate(skeleton: _Skeleton, device: torch.device) -> None:
@@ -191,15 +190,12 @@ def _copy(skeleton: _Skeleton, placement: Placement, tensor: Tensor, ledger: Led
     parameter = skeleton.parameter(placement.param)
     slot = parameter.data if placement.expert is None else parameter.data[placement.expert]
     rows = slot[placement.rows[0] : placement.rows[1]]
-    # A vector is a column in memory, a scalar 1 x 1.
-    block = tensor if placement.expert is None or tensor.dim() > 1 else tensor.reshape(-1, 1)
-    if placement.source is not None:
-        (top, bottom), (left, right) = placement.source
-        block = block[top:bottom, left:right]
+    block = placement.cut(tensor, rows.dim())
     # Tensor.copy_ casts between any two dtypes and broadcasts, both in silence.
     if block.shape != rows.shape or block.dtype != rows.dtype:
         ours, theirs = (f"{list(t.shape)} {dtype_name(t.dtype)}" for t in (rows, block))
         return [f"`{placement.key}` is {theirs}, its place in {placement.param} {ours}"]
     rows.copy_(block)
-    ledger.write((placement.param, placement.expert), placement.rows, placement.key, placement.source, placement.again)
+    slot_written = (placement.param, placement.expert)
+    ledger.write(slot_written, placement.rows, placement.key, placement.source, placement.again, placement.view)
     return []

@@ -147,6 +147,8 @@ def _divides(width: int, parts: int, layout: Layout) -> bool:
 def _rank_share(layer: LayerPlan, param: ParamSpec, tp_size: int, ep_size: int) -> int:
     if ".experts." in param.name:
         one = param.nbytes // layer.n_slots
+        if param.name.endswith(".w2_bias"):  # added once, after the sum over ranks: not divided by width
+            return one * layer.n_routed // ep_size + one * (layer.n_slots - layer.n_routed)
         return (one * layer.n_routed // ep_size + one * (layer.n_slots - layer.n_routed)) // (tp_size // ep_size)
     return param.nbytes // tp_size if ".shared." in param.name else param.nbytes
 

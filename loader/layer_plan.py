@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,13 +41,14 @@ def plan_layer(
     widths: Widths,
     *,
     fused_slots: int,
-    router_bias: bool,
+    router_bias: str | None,
     backend: str,
     formats: Mapping[str, Format],
 ) -> tuple[LayerPlan | None, list[PlanFault]]:
     """The plan of `layer` with `fused_slots` shared experts in slots (0: on their own), and all that is wrong with it.
 
-    None where not even the format of the routed experts can be told.
+    `router_bias` is the router's parameter that its bias fills, None without one. The plan is None where not even the
+    format of the routed experts can be told.
     """
     return _LayerPlanner(index, family, layer, widths, fused_slots, router_bias, backend, formats).plan()
 
@@ -59,7 +61,7 @@ class _LayerPlanner:
         layer: MoeTensors,
         widths: Widths,
         fused_slots: int,
-        router_bias: bool,
+        router_bias: str | None,
         backend: str,
         formats: Mapping[str, Format],
     ) -> None:
@@ -72,17 +74,19 @@ class _LayerPlanner:
         self.params: list[ParamSpec] = []
         self.unused: list[str] = []
         self.claimed: set[str] = set()
+        self.experts = [layer.expert(number) for number in range(layer.n_experts)]
         self.filled: dict[tuple[str, int | None, Span], str] = {}
 
     def plan(self) -> tuple[LayerPlan | None, list[PlanFault]]:
-        routed = match_layout(self.formats, (p for expert in self.layer.routed for p in expert.values()))
+        routed = match_layout(self.formats, (p for expert in self.experts for p in expert.values()))
         if routed is None:
             return None, [self._no_format("routed", self._first_routed())]
         self._router()
         n_slots = self.w.n_routed + self.fused_slots
         self._stack("experts", routed, n_slots, self.w.width)
-        for expert in range(max(self.w.n_routed, len(self.layer.routed))):
+        for expert in range(max(self.w.n_routed, len(self.experts))):
             self._routed(routed, expert, n_slots)
+        self._biases(n_slots)
         shared = self._shared(routed)
         self._unclaimed()
         plan = LayerPlan(
@@ -98,12 +102,12 @@ class _LayerPlanner:
             hidden_size=self.w.hidden_size,
             width=self.w.width,
             shared_width=self.w.shared_width,
-            router_bias=self.router_bias,
+            router_bias=self.router_bias is not None,
             shared_gate=self.layer.shared_gate is not None,
             params=tuple(self.params),
             placements=tuple(self.placements),
             notes=tuple(self.notes),
-            unused=tuple(self.unused),
+            unused=tuple(dict.fromkeys(self.unused)),
         )
         return plan, self.faults
 
@@ -112,9 +116,9 @@ class _LayerPlanner:
     def _router(self) -> None:
         d, e, names = self.w.hidden_size, self.w.n_routed, self.family.names
         self._whole("router.weight", self.layer.router, f"{self.layer.name}.{names.router}", (e, d))
-        if self.router_bias:
+        if self.router_bias is not None:
             fallback = f"{self.layer.name}.{names.router_bias}"
-            self._whole("router.e_score_correction_bias", self.layer.router_bias, fallback, (e,))
+            self._whole(self.router_bias, self.layer.router_bias, fallback, (e,))
         if self.layer.shared_gate is not None:
             self._whole("shared_gate.weight", self.layer.shared_gate, "", (1, d))
 
@@ -123,6 +127,13 @@ class _LayerPlanner:
         if info is None:
             self._fault("missing", fallback, f"{name} is never written: no tensor")
             return
+        if self._is_float(name, info, shape):
+            param = self._param(name)
+            self.params.append(ParamSpec(name=param, shape=shape, dtype=DTYPES[info.dtype]))
+            self.placements.append(Placement(key=info.name, param=param, expert=None, rows=(0, shape[0])))
+
+    def _is_float(self, name: str, info: TensorInfo, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor has this shape and a floating-point dtype that is no packing; claims it either way."""
         dtype = DTYPES.get(info.dtype)
         self.claimed.add(info.name)
         if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
@@ -130,9 +141,8 @@ class _LayerPlanner:
         elif info.shape != shape:
             self._fault("shape", info.name, f"{name} is {list(shape)}, the tensor {list(info.shape)}")
         else:
-            param = self._param(name)
-            self.params.append(ParamSpec(name=param, shape=shape, dtype=dtype))
-            self.placements.append(Placement(key=info.name, param=param, expert=None, rows=(0, shape[0])))
+            return True
+        return False
 
     def _stack(self, module: str, layout: Layout, n_experts: int, width: int) -> None:
         d = self.w.hidden_size
@@ -144,13 +154,41 @@ class _LayerPlanner:
             ]
 
     def _routed(self, layout: Layout, expert: int, n_slots: int) -> None:
-        tensors = self.layer.routed[expert] if expert < len(self.layer.routed) else {}
+        tensors = self.experts[expert] if expert < len(self.experts) else {}
         for projection in (GATE, UP, DOWN):
             found = tensors.get(projection, {})
             if expert >= n_slots:
-                continue  # left unclaimed: reported as unexpected
+                # One by one they are left unclaimed and reported as unexpected; a stack has one name for all.
+                for info in found.values() if self.layer.stacked else ():
+                    self._fault("unexpected", info.name, f"the stack holds expert {expert}, there are {n_slots} slots")
+                continue
             base = self._base(expert, projection)
             self._projection(layout, "experts", projection, found, base, self.w.width, [(expert, (0, self.w.width))])
+
+    def _biases(self, n_slots: int) -> None:
+        """Biases of the experts, all of one dtype: rows of gate, then of up, and those of down."""
+        f, d, suffix = self.w.width, self.w.hidden_size, self.family.names.expert_bias
+        found = [self.layer.expert_bias(expert) for expert in range(self.w.n_routed)] if suffix else []
+        dtypes = Counter(info.dtype for biases in found for info in biases.values())
+        if not dtypes:
+            return
+        dtype = dtypes.most_common(1)[0][0]
+        for name, size in (("w13_bias", 2 * f), ("w2_bias", d)):
+            if DTYPES.get(dtype) is not None:
+                param = self._param(f"experts.{name}")
+                self.params.append(ParamSpec(name=param, shape=(n_slots, size), dtype=DTYPES[dtype]))
+        for expert, biases in enumerate(found):
+            for projection, name, rows in ((GATE, "w13", (0, f)), (UP, "w13", (f, 2 * f)), (DOWN, "w2", (0, d))):
+                info, where = biases.get(projection), f"slot {expert} of {name}_bias"
+                if info is None:
+                    self._fault("missing", f"{self._base(expert, projection)}{suffix}", f"{where}: no tensor")
+                elif info.dtype != dtype:
+                    self._fault("dtype", info.name, f"{where} is {_dtype(info)}, others are {dtype}")
+                elif self._is_float(where, info, (rows[1] - rows[0],)):
+                    param = self._param(f"experts.{name}_bias")
+                    self.placements.append(
+                        Placement(key=info.name, param=param, expert=expert, rows=rows, view=info.view)
+                    )
 
     def _shared(self, routed: Layout) -> Layout | None:
         """Place the shared expert; its own format where it is on its own."""
@@ -210,7 +248,7 @@ class _LayerPlanner:
             self._fault("shape", base, f"{columns} columns are no multiple of {layout.column_multiple}")
             return
         for part in layout.parts:
-            key = f"{base}{part.suffix}"
+            key = found[part.suffix].name if part.suffix in found else f"{base}{part.suffix}"
             for expert, span in slots:
                 self._place(key, found.get(part.suffix), part, module, projection, expert, span, (rows, columns))
         if layout.shape_part is not None:
@@ -237,6 +275,9 @@ class _LayerPlanner:
             self._fault("missing", key, f"{slot} is never written: no tensor")
             return
         if not self._is_as_planned(info, part, slot, size):
+            return
+        if info.view is not None and info.view.rows.step > 1 and part.rows_per_item != 1:
+            self._fault("shape", key, f"{slot} can't be cut out: gate and up take turns inside of one block")
             return
         try:
             placement = self._placement(info, part, f"{module}.{name}", projection, expert, span, size)
@@ -290,6 +331,7 @@ class _LayerPlanner:
             expert=expert,
             rows=into,
             source=None if whole else source,
+            view=info.view,
             again=undivided and span[0] > 0,
         )
 
@@ -304,7 +346,7 @@ class _LayerPlanner:
 
     def _unclaimed(self) -> None:
         inside = f"{self.layer.name}."
-        owned = {i.name for e in self.layer.routed for p in e.values() for i in p.values()}
+        owned = {i.name for e in self.experts for p in e.values() for i in p.values()}
         owned |= {i.name for p in (self.layer.shared or {}).values() for i in p.values()}
         owned |= {i.name for i in (self.layer.router, self.layer.router_bias, self.layer.shared_gate) if i is not None}
         owned |= {name for name in self.index.tensors if name.startswith(inside)}
@@ -328,7 +370,7 @@ class _LayerPlanner:
         return PlanFault(layer=self.layer.index, tensor=key, code="format", problem=problem)
 
     def _first_routed(self) -> str:
-        names = (i.name for e in self.layer.routed for p in e.values() for i in p.values())
+        names = (i.name for e in self.experts for p in e.values() for i in p.values())
         return next(names, f"{self.layer.name}.experts")
 
     def _param(self, name: str) -> str:
@@ -339,6 +381,8 @@ class _LayerPlanner:
         names = self.family.names
         if expert is None:
             return f"{self.layer.name}.{names.shared.format(projection=names.shared_projections[projection])}."
+        if self.layer.stacked and names.stacked is not None:
+            return f"{self.layer.name}.{names.stacked.name_of(projection)}."
         return f"{self.layer.name}.{names.routed.format(expert=expert, projection=names.projections[projection])}."
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loader.activation import ExpertConfig
 from loader.formats import Layout, dequantize_stacked
 from loader.kernels import Kernel
 from loader.kernels.eager import expert_mlp
@@ -38,25 +39,36 @@ class RouterConfig:
     """Factor on the routed weights, never on the shared expert: 2.827."""
     scales_normalised: bool = True
     """Whether the factor also applies to weights divided by their sum; in DeepSeek V2 it is one or the other."""
+    bias: Literal["choice", "logits"] = "choice"
+    """What a bias is added to: the scores that choose experts, never those that weigh them; or the logits (gpt-oss)."""
+
+    @property
+    def bias_parameter(self) -> str:
+        """What the bias is called in a plan: ``router.e_score_correction_bias``."""
+        return "router.bias" if self.bias == "logits" else "router.e_score_correction_bias"
 
 
 class Router(nn.Module):
-    """Scores in float32 whatever the dtype of `x`; the bias chooses experts and never weighs them.
+    """Scores in float32 whatever the dtype of `x`; of two biases, one is of the logits, the other only chooses.
 
-    Source: ``MoEGate`` in the modeling files of DeepSeek-V2 and DeepSeek-V3; arXiv 2412.19437, section 2.1.2.
+    Source: ``MoEGate`` in the modeling files of DeepSeek-V2 and DeepSeek-V3; arXiv 2412.19437, section 2.1.2. A softmax
+    over the chosen logits alone (gpt-oss) is the softmax over all of them, divided by the sum of the chosen.
     """
 
+    bias: nn.Parameter | None
     e_score_correction_bias: nn.Parameter | None
 
     def __init__(self, config: RouterConfig, weight_ED: nn.Parameter, bias_E: nn.Parameter | None) -> None:
         super().__init__()
         self.config = config
         self.weight = weight_ED
-        self.register_parameter("e_score_correction_bias", bias_E)
+        of_logits = config.bias == "logits"
+        self.register_parameter("bias", bias_E if of_logits else None)
+        self.register_parameter("e_score_correction_bias", None if of_logits else bias_E)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """``topk_weights_TK`` in float32 and ``topk_ids_TK`` in int64."""
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        logits_TE = F.linear(x_TD.float(), self.weight.float(), None if self.bias is None else self.bias.float())
         scores_TE = logits_TE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
         bias_E = self.e_score_correction_bias
         choice_TE = scores_TE if bias_E is None else scores_TE + bias_E.float()
@@ -117,11 +129,31 @@ class SharedGate(nn.Module):
 
 
 class Experts(nn.Module):
-    """Stacked experts of one format: ``w13_<part>`` has gate rows, then up rows; ``w2_<part>`` is down."""
+    """Stacked experts of one format: ``w13_<part>`` has gate rows, then up rows; ``w2_<part>`` is down.
 
-    def __init__(self, layout: Layout, *, n_experts: int, hidden_size: int, width: int, kernel: Kernel) -> None:
+    With `bias_dtype` they also have ``w13_bias`` ``(E, 2F)`` and ``w2_bias`` ``(E, D)``.
+    """
+
+    w13_bias: nn.Parameter | None
+    w2_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        n_experts: int,
+        hidden_size: int,
+        width: int,
+        kernel: Kernel,
+        config: ExpertConfig | None = None,
+        bias_dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.layout, self.kernel = layout, kernel
+        self.config = config or ExpertConfig()
+        for name, size in (("w13_bias", 2 * width), ("w2_bias", hidden_size)):
+            bias = None if bias_dtype is None else empty_parameter((n_experts, size), bias_dtype)
+            self.register_parameter(name, bias)
         for part in layout.parts:
             rows, columns = part.shape(width, hidden_size)
             self._declare(f"w13_{part.name}", (n_experts, 2 * rows, columns), part.dtype)
@@ -139,6 +171,11 @@ class Experts(nn.Module):
             dequantize_stacked(self.layout, w2, dtype, stacked=1),
         )
 
+    def biases(self, experts_U: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """``b13_U2F`` and ``b2_UD``; None where the experts have none."""
+        b13, b2 = (None if b is None else b[experts_U].to(dtype) for b in (self.w13_bias, self.w2_bias))
+        return b13, b2
+
     def forward(self, x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor) -> Tensor:
         """Weighted sum over the chosen experts, ``(T, D)`` in float32."""
         return self.kernel(x_TD, topk_weights_TK, topk_ids_TK, self)
@@ -155,7 +192,7 @@ class SharedExpert(nn.Module):
         """``(T, D)`` in float32."""
         first = torch.zeros(1, dtype=torch.int64, device=x_TD.device)
         w13_12FD, w2_1DF = self.experts.dequantize(first, x_TD.dtype)
-        y_TD = expert_mlp(x_TD, w13_12FD[0], w2_1DF[0]).float()
+        y_TD = expert_mlp(x_TD, w13_12FD[0], w2_1DF[0], self.experts.config.gated).float()
         return y_TD if self.gate is None else y_TD * self.gate(x_TD)
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from gatekeeper import ranges
+from gatekeeper import View, ranges
+from loader.activation import ExpertConfig
 from loader.checkpoint import dtype_name
 from loader.costs import FusionCost, RankBytes
 from loader.formats.base import Layout, Span
@@ -29,9 +31,28 @@ class Placement:
     rows: Span
     """Rows of the slot: gate_proj fills (0, F), up_proj (F, 2 * F), down_proj (0, D), in stored rows."""
     source: tuple[Span, Span] | None = None
-    """Rows and columns of the tensor, in stored items; None: all of it."""
+    """Rows and columns of the tensor, or of what `view` shows of it, in stored items; None: all of it."""
     again: bool = False
     """Whether another slot took the same: a scale of a whole matrix goes to each slot with a part of that matrix."""
+    view: View | None = None
+    """Where the expert's matrix is in a tensor that holds those of all experts; None: the tensor is the matrix."""
+
+    def cut(self, tensor: Tensor, axes: int) -> Tensor:
+        """What of the tensor fills the rows, with so many axes: a vector is a column in memory, a scalar 1 x 1.
+
+        Shares the tensor's memory.
+        """
+        block = tensor
+        if self.view is not None:
+            block = block[self.view.item]
+            block = block.flatten(1) if block.dim() > 2 else block
+            block = block.T if self.view.transposed else block
+            block = block[self.view.rows.start : self.view.rows.stop : self.view.rows.step]
+        block = block if block.dim() >= axes else block.reshape(-1, 1)
+        if self.source is not None:
+            (top, bottom), (left, right) = self.source
+            block = block[top:bottom, left:right]
+        return block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +164,8 @@ class Plan:
     """``target`` or ``draft``."""
     router: RouterConfig
     """How tokens choose experts, the same in all layers."""
+    experts: ExpertConfig
+    """What an expert computes, the same in all layers."""
     layers: tuple[LayerPlan, ...]
     """MoE layers of this runner, by index."""
     per_rank: RankBytes

@@ -24,7 +24,7 @@ from loader.costs import fusion_cost, rank_bytes
 from loader.errors import PlanError, PlanFault
 from loader.layer_plan import Widths, plan_layer
 from loader.plan import LayerPlan, Plan
-from loader.routing import router_config
+from loader.routing import expert_config, router_config
 
 ROLES = {"target": "main", "draft": "mtp"}
 
@@ -46,9 +46,9 @@ def build_plan(
     tensors = runner_layers(index, family, facts)
     formats = load_rules().formats if formats is None else formats
     _require_supported(family)
-    router = router_config(family, facts.values)
+    router, experts = router_config(family, facts.values), expert_config(family, facts.values)
     widths = _widths(facts.values)
-    _require_plausible(widths, index)
+    _require_plausible(widths, index, tensors)
     faults = _layer_faults(family, facts, tensors)
     blocks = _blocks(index, [layer.name for layer in tensors])
     layers: list[LayerPlan] = []
@@ -59,7 +59,7 @@ def build_plan(
             layer,
             widths,
             fused_slots=obey.fused_slots(decisions, layer.index),
-            router_bias=bool(family.names.router_bias),
+            router_bias=router.bias_parameter if family.names.router_bias else None,
             backend=obey.backend(decisions, layer.index),
             formats=formats,
         )
@@ -74,6 +74,7 @@ def build_plan(
         family=family.name,
         runner=facts.runner,
         router=router,
+        experts=experts,
         layers=tuple(layers),
         per_rank=rank_bytes(layers, tp_size, ep_size),
         fusion=fusion_cost(layers, tp_size, ep_size),
@@ -101,10 +102,10 @@ def _blocks(index: Index, names: Sequence[str]) -> dict[str, Index]:
 
 def _require_supported(family: Family) -> None:
     names = family.names
-    if not names.routed or set(names.projections) != {"gate", "up", "down"} or not names.router:
+    if set(names.projections) != {"gate", "up", "down"} or not names.router:
         raise CheckpointError(
-            f"family `{family.name}` stores its experts in a way that this loader does not read; it reads one tensor "
-            "an expert for each of gate, up and down"
+            f"family `{family.name}` has experts of a kind that this loader does not compute; it computes those with "
+            "gate, up and down, behind a router"
         )
 
 
@@ -128,10 +129,11 @@ def _widths(values: Mapping[str, Any]) -> Widths:
     )
 
 
-def _require_plausible(widths: Widths, index: Index) -> None:
+def _require_plausible(widths: Widths, index: Index, layers: Sequence[MoeTensors]) -> None:
     """Refuse counts that no checkpoint of this size can have, before anything is done that many times."""
+    stacked = max((layer.n_experts for layer in layers if layer.stacked), default=0)
     for name, count in (("n_routed_experts", widths.n_routed), ("n_shared_experts", widths.n_shared)):
-        if count > len(index.tensors):
+        if count > max(len(index.tensors), stacked):
             raise CheckpointError(
                 f"config.json has `{name}` {count}, the checkpoint only {len(index.tensors)} tensors; correct either"
             )
@@ -183,9 +185,8 @@ def _balance(plan: LayerPlan, index: Index) -> None:
     keys |= {name for name in index.tensors if name.startswith(f"{plan.name}.")}
     ledger = Ledger(slots, {key: index.tensors[key].shape for key in keys})
     for placement in plan.placements:
-        ledger.write(
-            (placement.param, placement.expert), placement.rows, placement.key, placement.source, placement.again
-        )
+        slot = (placement.param, placement.expert)
+        ledger.write(slot, placement.rows, placement.key, placement.source, placement.again, placement.view)
     for key in (*(note.key for note in plan.notes), *plan.unused):
         ledger.read(key)
     problems = ledger.faults()

@@ -1,4 +1,4 @@
-"""How a model routes tokens: the family says which facts of config.json count and what holds where it is silent."""
+"""What a model computes: how tokens choose experts, and what an expert is; from config.json and the family."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gatekeeper import ABSENT, CheckpointError, Family
+from loader.activation import ACTIVATIONS, ExpertConfig
 from loader.moe import RouterConfig
 
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
@@ -14,7 +15,7 @@ TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 
 def router_config(family: Family, values: Mapping[str, Any]) -> RouterConfig:
     """The router of a model with the facts `values`; raises `CheckpointError` for what this loader can't compute."""
-    s = _Settings(family, values)
+    s = _Settings(family.router, values)
     problems: list[str] = []
     scoring = s.get("scoring_func", "softmax")
     if scoring not in ("softmax", "sigmoid"):
@@ -22,12 +23,6 @@ def router_config(family: Family, values: Mapping[str, Any]) -> RouterConfig:
     method = s.get("topk_method", "greedy")
     if method not in TOPK_METHODS:
         problems.append(f"`topk_method` is `{method}`; this loader has {', '.join(TOPK_METHODS)}")
-    if s.get("hidden_act", "silu") != "silu":
-        problems.append(f"`hidden_act` is `{s.get('hidden_act', '')}`; this loader has silu")
-    if s.get("swiglu_limit", None) is not None:
-        problems.append("`swiglu_limit` is set; this loader has no limited SwiGLU")
-    if s.get("moe_latent_size", None) is not None:
-        problems.append("`moe_latent_size` is set; this loader has experts of hidden_size only")
     experts, top_k = values.get("model.n_routed_experts"), s.get("num_experts_per_tok", 0)
     n_group, topk_group = s.get("n_group", 1), s.get("topk_group", 1)
     score = "max" if s.get("group_score", "top2_sum") == "max" else "top2_sum"
@@ -49,17 +44,42 @@ def router_config(family: Family, values: Mapping[str, Any]) -> RouterConfig:
         scales_normalised=bool(s.get("scales_normalised", True)),
         norm_topk_prob=bool(s.get("norm_topk_prob", False)),
         routed_scaling_factor=float(s.get("routed_scaling_factor", 1.0)),
+        bias="logits" if s.get("bias", "choice") == "logits" else "choice",
+    )
+
+
+def expert_config(family: Family, values: Mapping[str, Any]) -> ExpertConfig:
+    """What the experts of a model compute; raises `CheckpointError` for what this loader can't compute."""
+    s = _Settings(family.experts, values)
+    problems: list[str] = []
+    hidden_act, limit, alpha = s.get("hidden_act", "silu"), s.get("swiglu_limit", None), s.get("swiglu_alpha", None)
+    if hidden_act not in ACTIVATIONS:
+        problems.append(f"`hidden_act` is `{hidden_act}`; this loader has {', '.join(ACTIVATIONS)}")
+    if alpha is not None and hidden_act != "silu":
+        problems.append(f"`swiglu_alpha` goes with silu, not with `{hidden_act}`")
+    if s.get("swiglu_limits", None) is not None:
+        problems.append("`swiglu_limits` is set; this loader has one limit for all layers")
+    if s.get("moe_latent_size", None) is not None:
+        problems.append("`moe_latent_size` is set; this loader has experts of hidden_size only")
+    if problems:
+        raise CheckpointError(f"family `{family.name}`: {'; '.join(problems)}")
+    return ExpertConfig(
+        hidden_act=hidden_act,
+        limit=None if limit is None else float(limit),
+        alpha=None if alpha is None else float(alpha),
+        up_offset=float(s.get("up_offset", 0.0)),
+        weighed="input" if s.get("weighed", "output") == "input" else "output",
     )
 
 
 class _Settings:
-    """What config.json says, else what the family's `router` says, else what holds for all."""
+    """What config.json says, else what a section of the family says, else what holds for all."""
 
-    def __init__(self, family: Family, values: Mapping[str, Any]) -> None:
-        self.family, self.values = family, values
+    def __init__(self, section: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        self.section, self.values = section, values
 
     def get(self, name: str, default: Any) -> Any:
-        for value in (self.values.get(f"model.{name}"), self.family.router.get(name)):
+        for value in (self.values.get(f"model.{name}"), self.section.get(name)):
             if value is not None and value is not ABSENT:
                 return value
         return default

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gatekeeper import Index, MoeTensors, TensorInfo
+from loader.activation import ExpertConfig
 from loader.checkpoint import Checkpoint, dtype_name
 from loader.errors import VerificationError
 from loader.formats import FORMATS
@@ -41,13 +42,13 @@ class Verified:
     """Tokens compared."""
 
 
-def tolerance(formats: Iterable[str], dtype: torch.dtype, widest: int) -> float:
-    """What `figure` may be: twice the format's roundings to `dtype`, plus the float32 sums over `widest` products.
+def tolerance(formats: Iterable[str], dtype: torch.dtype, widest: int, experts: ExpertConfig | None = None) -> float:
+    """What `figure` may be: twice the roundings to `dtype` of format and experts, plus float32 sums over `widest`.
 
     Each rounding is at most half an ulp, and a sum of n products is off by at most n ulp / 2 (Higham, Accuracy and
     Stability of Numerical Algorithms, 2nd ed., section 3.1).
     """
-    roundings = max(FORMATS[name].roundings for name in formats)
+    roundings = max(FORMATS[name].roundings for name in formats) + (experts.roundings if experts else 0)
     return roundings * torch.finfo(dtype).eps + widest * torch.finfo(torch.float32).eps
 
 
@@ -75,8 +76,9 @@ def verify(
             compute = dtype or sharpest(layer_plan.backend, device)
             x_TD = random_tokens(tokens, layer_plan.hidden_size, seed + layer.index).to(compute)
             names = [layer_plan.format] + ([layer_plan.shared_format] if layer_plan.shared_format else [])
-            allowed = tolerance(names, compute, max(layer_plan.hidden_size, layer_plan.width, layer_plan.shared_width))
-            expected_TD, clear_T = reference_layer(checkpoint, by_name[layer.name], plan.router, x_TD)
+            widest = max(layer_plan.hidden_size, layer_plan.width, layer_plan.shared_width)
+            allowed = tolerance(names, compute, widest, plan.experts)
+            expected_TD, clear_T = reference_layer(checkpoint, by_name[layer.name], plan.router, plan.experts, x_TD)
             with torch.no_grad():
                 actual_TD = layer(x_TD.to(device)).cpu().double()
             if not clear_T.any():
@@ -140,22 +142,25 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def reference_layer(
-    checkpoint: Checkpoint, tensors: MoeTensors, router: RouterConfig, x_TD: Tensor
+    checkpoint: Checkpoint, tensors: MoeTensors, router: RouterConfig, experts: ExpertConfig, x_TD: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Output of one MoE layer in float64, ``(T, D)``, and which tokens had a clear choice of experts, ``(T,)``."""
     x_TD = x_TD.double()
     assert tensors.router is not None
-    weight_ED = checkpoint.fetch(tensors.router.name).double()
-    bias = None if tensors.router_bias is None else checkpoint.fetch(tensors.router_bias.name).double().tolist()
-    logits = (x_TD @ weight_ED.T).tolist()
-    choices = [_choose(row, bias, router) for row in logits]
+    logits_TE = x_TD @ checkpoint.fetch(tensors.router.name).double().T
+    bias = None if tensors.router_bias is None else checkpoint.fetch(tensors.router_bias.name).double()
+    if bias is not None and router.bias == "logits":
+        logits_TE, bias = logits_TE + bias, None
+    choices = [_choose(row, None if bias is None else bias.tolist(), router) for row in logits_TE.tolist()]
     y_TD = torch.zeros_like(x_TD)
     for expert in sorted({e for chosen, _ in choices for e in chosen}):
-        mlp_TD = _mlp(checkpoint, tensors.routed[expert], x_TD)
+        mlp = _Mlp(checkpoint, tensors.expert(expert), tensors.expert_bias(expert), experts)
         for token, (chosen, _) in enumerate(choices):
-            y_TD[token] += chosen.get(expert, 0.0) * mlp_TD[token]
+            if weight := chosen.get(expert):
+                x_D = x_TD[token]
+                y_TD[token] += mlp(weight * x_D) if experts.weighed == "input" else weight * mlp(x_D)
     if tensors.shared:
-        shared_TD = _mlp(checkpoint, tensors.shared, x_TD)
+        shared_TD = _Mlp(checkpoint, tensors.shared, {}, experts)(x_TD)
         if tensors.shared_gate is not None:
             shared_TD = shared_TD * torch.sigmoid(x_TD @ checkpoint.fetch(tensors.shared_gate.name).double().T)
         y_TD += shared_TD
@@ -196,15 +201,51 @@ def _largest(values: Mapping[int, float], count: int) -> tuple[list[int], float]
     return order[:count], (last - following) / max(abs(last), 1e-30)
 
 
-def _mlp(checkpoint: Checkpoint, projections: Mapping[str, Mapping[str, TensorInfo]], x_TD: Tensor) -> Tensor:
-    gate, up, down = (raw_weight(checkpoint, projections[each]) for each in ("gate", "up", "down"))
-    gated = x_TD @ gate.T
-    return (gated / (1 + torch.exp(-gated)) * (x_TD @ up.T)) @ down.T
+class _Mlp:
+    """One expert in float64, worked out from its definition."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        projections: Mapping[str, Mapping[str, TensorInfo]],
+        biases: Mapping[str, TensorInfo],
+        config: ExpertConfig,
+    ) -> None:
+        self.weights = {each: raw_weight(checkpoint, parts) for each, parts in projections.items()}
+        self.biases = {each: fetch_part(checkpoint, info).double() for each, info in biases.items()}
+        self.config = config
+
+    def __call__(self, x: Tensor) -> Tensor:
+        c, gate, up = self.config, self._project("gate", x), self._project("up", x)
+        if c.limit is not None:
+            gate, up = torch.minimum(gate, torch.tensor(c.limit)), torch.minimum(up, torch.tensor(c.limit))
+            up = torch.maximum(up, torch.tensor(-c.limit))
+        if c.hidden_act == "gelu_pytorch_tanh":
+            act = gate / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+        else:
+            act = gate / (1 + torch.exp(-gate * (1.0 if c.alpha is None else c.alpha)))
+        return self._project("down", act * (up + c.up_offset))
+
+    def _project(self, projection: str, x: Tensor) -> Tensor:
+        y = x @ self.weights[projection].T
+        return y + self.biases[projection] if projection in self.biases else y
+
+
+def fetch_part(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
+    """A tensor, or what is meant of it: one expert's matrix, gathered row by row from a stack of all."""
+    tensor = checkpoint.fetch(info.name)
+    view = info.view
+    if view is None:
+        return tensor
+    one = tensor[view.item]
+    one = one.reshape(one.shape[0], -1) if one.dim() > 1 else one
+    picked = [one[:, row] if view.transposed else one[row] for row in view.rows]
+    return torch.stack(picked)
 
 
 def raw_weight(checkpoint: Checkpoint, parts: Mapping[str, TensorInfo]) -> Tensor:
     """The weight that these tensors store, ``(out, in)`` in float64, worked out number by number of bits."""
-    return raw_numbers({suffix: checkpoint.fetch(info.name) for suffix, info in parts.items()})
+    return raw_numbers({suffix: fetch_part(checkpoint, info) for suffix, info in parts.items()})
 
 
 def raw_numbers(raw: Mapping[str, Tensor]) -> Tensor:
@@ -212,8 +253,8 @@ def raw_numbers(raw: Mapping[str, Tensor]) -> Tensor:
 
     Told by what lies there alone: elements by their dtype, scales by their shape, a factor by its name.
     """
-    numbers = _elements(raw["weight_packed"] if "weight_packed" in raw else raw["weight"])
-    scale = next((raw[name] for name in ("weight_scale", "weight_scale_inv", "scale") if name in raw), None)
+    numbers = _elements(next(raw[name] for name in ("weight_packed", "blocks", "weight") if name in raw))
+    scale = next((raw[name] for name in ("weight_scale", "weight_scale_inv", "scale", "scales") if name in raw), None)
     if scale is not None:
         numbers = numbers * _spread(_scales(scale), *numbers.shape)
     if "weight_scale_2" in raw:

@@ -48,6 +48,8 @@ def document(name: str, **change: Any) -> dict[str, Any]:
     ("wrapper", "types", "architecture", "expected"),
     [
         ("KimiK25ForConditionalGeneration", ["deepseek_v3"], "DeepseekV3ForCausalLM", "kimi_k25"),
+        # transformers 5 writes no architecture into text_config
+        (None, ["deepseek_v3", "kimi_k25"], "Kimi_K25ForConditionalGeneration", "kimi_k25"),
         (None, ["kimi_k2"], "DeepseekV3ForCausalLM", "kimi_k2"),
         (None, [], "DeepseekV3ForCausalLM", "deepseek_v3"),
         ("SomeWrapper", ["something", "kimi_k2"], "DeepseekV3ForCausalLM", "kimi_k2"),

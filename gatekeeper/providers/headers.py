@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from gatekeeper.catalogue import Catalogue
 from gatekeeper.checkpoint import Index, TensorInfo
@@ -12,6 +11,7 @@ from gatekeeper.families import Family, MoeTensors, find_moe_layers
 from gatekeeper.formats import Format, Storage, recognise
 from gatekeeper.providers.config import ConfigFile, settled
 from gatekeeper.providers.quantization import LayerReader
+from gatekeeper.stacking import PROJECTIONS_OF
 from gatekeeper.values import ABSENT, UNKNOWN, Reading, Readings, Values
 
 Expert = Mapping[str, Mapping[str, TensorInfo]]
@@ -185,37 +185,11 @@ class _Recogniser:
     def stacked(self, layer: MoeTensors) -> Reading:
         """The storage of experts that are stacked in one tensor, as if each had tensors of its own."""
         witness = _witness((layer.stacked,))
-        sliced = _slice(layer.stacked, self.family.names.stacked or {})
-        if sliced is None:
-            return Reading(UNKNOWN, witness, "these stacked experts can't be taken apart")
-        storage, reason = self._storage(sliced)
+        first = layer.expert(0)
+        for kind, parts in layer.stacked.items():
+            if any(first.get(projection, {}).keys() != parts.keys() for projection in PROJECTIONS_OF[kind]):
+                return Reading(UNKNOWN, witness, f"these stacked experts can't be taken apart, `{kind}`")
+        storage, reason = self._storage(first)
         if storage is None:
             return Reading(UNKNOWN, witness, f"stacked experts: {reason}")
         return Reading(storage.record(), witness)
-
-
-def _slice(stacked: Expert, layout: Mapping[str, object]) -> Expert | None:
-    """Shapes of one expert's gate, up and down, from `(E, 2F, D)` and `(E, D, F)`; their bytes are the whole stack's.
-
-    Interleaved gate and up rows have these shapes too; transposed stacks are `(E, D, 2F)` and `(E, F, D)`.
-    """
-
-    def one(info: TensorInfo, halve: bool) -> TensorInfo | None:
-        if len(info.shape) not in (2, 3) or (halve and len(info.shape) == 2):
-            return None
-        shape = info.shape[1:]
-        if layout.get("transposed") and len(shape) == 2:
-            shape = shape[::-1]
-        if halve and shape[0] % 2:
-            return None
-        return replace(info, shape=(shape[0] // 2, *shape[1:]) if halve else shape)
-
-    result: dict[str, dict[str, TensorInfo]] = {"gate": {}, "up": {}, "down": {}}
-    for kind, tensors in stacked.items():
-        for suffix, info in tensors.items():
-            sliced = one(info, kind == "gate_up")
-            if sliced is None:
-                return None
-            for projection in ("gate", "up") if kind == "gate_up" else (kind,):
-                result[projection][suffix] = sliced
-    return result

@@ -10,12 +10,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from loader.activation import ExpertConfig
+
 
 class ExpertWeights(Protocol):
     """Where a kernel gets weights from: stacked and packed, dequantized for the experts it asks for."""
 
+    config: ExpertConfig
+    """What is computed between the projections, and where a token's weight comes in."""
+
     def dequantize(self, experts_U: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``w13_U2FD`` (gate rows, then up rows) and ``w2_UDF`` of the experts with these ids."""
+
+    def biases(self, experts_U: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """``b13_U2F`` and ``b2_UD`` of the experts with these ids; None where they have none."""
 
 
 class Kernel(Protocol):

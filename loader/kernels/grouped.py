@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,12 +28,25 @@ def grouped(x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor, weights:
         pairs_P = order[start : start + int(ends_U[-1])]
         start += len(pairs_P)
         tokens_P = pairs_P // k
-        w13_U2FD, w2_UDF = weights.dequantize(experts_U, x_TD.dtype)
-        out_PD = _grouped_mlp(x_TD[tokens_P], w13_U2FD, w2_UDF, ends_U.to(torch.int32))
-        y_TD.index_add_(0, tokens_P, out_PD.float() * topk_weights_TK.flatten()[pairs_P, None].float())
+        mlp = _grouped_mlp(weights, experts_U, counts_U, ends_U.to(torch.int32))
+        weight_P1 = topk_weights_TK.flatten()[pairs_P, None].float()
+        y_TD.index_add_(0, tokens_P, weights.config.weigh(mlp, x_TD[tokens_P], weight_P1))
     return y_TD
 
 
-def _grouped_mlp(x_PD: Tensor, w13_U2FD: Tensor, w2_UDF: Tensor, ends_U: Tensor) -> Tensor:
-    gate_PF, up_PF = F.grouped_mm(x_PD, w13_U2FD.transpose(-2, -1), offs=ends_U).chunk(2, dim=-1)
-    return F.grouped_mm(F.silu(gate_PF) * up_PF, w2_UDF.transpose(-2, -1), offs=ends_U)
+def _grouped_mlp(
+    weights: ExpertWeights, experts_U: Tensor, counts_U: Tensor, ends_U: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """All experts at once, on rows that are sorted by expert: `counts_U` for each, ending before `ends_U`."""
+
+    def mlp(x_PD: Tensor) -> Tensor:
+        w13_U2FD, w2_UDF = weights.dequantize(experts_U, x_PD.dtype)
+        b13_U2F, b2_UD = weights.biases(experts_U, x_PD.dtype)
+        gate_PF, up_PF = linear(x_PD, w13_U2FD, b13_U2F).chunk(2, dim=-1)
+        return linear(weights.config.gated(gate_PF, up_PF), w2_UDF, b2_UD)
+
+    def linear(x_PI: Tensor, w_UOI: Tensor, b_UO: Tensor | None) -> Tensor:
+        y_PO = F.grouped_mm(x_PI, w_UOI.transpose(-2, -1), offs=ends_U)  # its own bias takes none yet (torch 2.13)
+        return y_PO if b_UO is None else y_PO + b_UO.repeat_interleave(counts_U, 0)
+
+    return mlp

@@ -214,7 +214,8 @@ def test_what_the_loader_cannot_compute_is_refused_before_planning() -> None:
     for model, word in (
         ({"scoring_func": "sqrtsoftplus"}, "sqrtsoftplus"),
         ({"hidden_act": "relu2"}, "relu2"),
-        ({"swiglu_limit": 7.0}, "swiglu_limit"),
+        ({"swiglu_limits": (7.0, 0.0)}, "swiglu_limits"),
+        ({"hidden_act": "gelu_pytorch_tanh", "swiglu_alpha": 1.7}, "swiglu_alpha"),
         ({"moe_latent_size": 32}, "moe_latent_size"),
         ({"n_group": 3, "topk_group": 1}, "4 experts can't be in 3 groups"),
         ({"num_experts_per_tok": 5}, "top 5"),
@@ -223,8 +224,8 @@ def test_what_the_loader_cannot_compute_is_refused_before_planning() -> None:
             plan(layout(), **model)
     with pytest.raises(CheckpointError, match="does not give `hidden_size`"):
         plan(layout(), hidden_size=None)
-    with pytest.raises(CheckpointError, match="in a way that this loader does not read"):
-        plan(layout(), name="gpt_oss")
+    with pytest.raises(CheckpointError, match="a kind that this loader does not compute"):
+        plan(layout(), name="nemotron_h")
 
 
 # -- bytes and printing ---------------------------------------------------------------------------------------------
@@ -310,7 +311,9 @@ def test_a_family_needs_no_python(name: str, fused: bool) -> None:
     assert {p.key for p in found.placements} == set(tensors)
     assert {layer.shared for layer in found.layers} == {"none" if not has_shared else "slot" if fused else "separate"}
     for layer in found.layers:
-        assert assemble(layer, found.router).layer.index == layer.index, "its modules have the plan's parameters"
+        assert assemble(layer, found.router, found.experts).layer.index == layer.index, (
+            "its modules have the plan's parameters"
+        )
 
 
 def test_hostile_counts_are_refused_before_anything_is_done_that_often() -> None:
