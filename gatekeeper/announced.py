@@ -6,19 +6,23 @@ Names are the family's, dtypes and shapes those of the formats that the config a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 from gatekeeper.checkpoint import DTYPE_BITS, Index, TensorInfo
 from gatekeeper.errors import CheckpointError
 from gatekeeper.families import Family
 from gatekeeper.formats import SCALE_NAMES, Format, PartSpec
 from gatekeeper.names import canonical_method
+from gatekeeper.stacking import PROJECTIONS_OF, Stacking
 from gatekeeper.values import ABSENT, UNKNOWN, Reading, Readings, Values
 
 SHARD = "announced"
 """In the place of a shard's name: there is none yet."""
+Part: TypeAlias = tuple[str, str, tuple[int, ...]]
+"""Suffix, dtype and shape of one tensor."""
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -27,15 +31,11 @@ def announced_index(
 ) -> Index:
     """Every tensor of the MoE layers `layers` as config.json announces them; optional parts of a format are left out.
 
-    `layers` are the facts `layer.*` of one runner, `values` those of the whole model. Routers are in the model's dtype,
-    their correction biases in float32 (formats of DeepSeek-V3's release; a layer's bytes hardly depend on it). Raises
+    `layers` are the facts `layer.*` of one runner, `values` those of the whole model. Experts are stacked in one tensor
+    where the family knows no other way, or swaps the axes of its stacks: other stacks are what transformers makes of a
+    release. Routers are in the model's dtype, correction biases in float32, as DeepSeek-V3's release has them. Raises
     `CheckpointError` where the config does not say how a layer's experts are stored, or how many there are.
     """
-    if not family.names.routed:
-        raise CheckpointError(
-            f"family `{family.name}` keeps all experts of a layer in one tensor, config.json does not tell its shape; "
-            "name a folder with the safetensors headers"
-        )
     tensors = {
         one.name: one for layer in layers for one in _Layer(target.name, layer, values, family, formats).tensors()
     }
@@ -51,54 +51,82 @@ class _Layer:
         self.config, self.layer, self.values, self.family, self.formats = config, layer, values, family, formats
         self.block = str(layer["layer.name"].value)
         self.method = canonical_method(str(values.get("quant.method", "")))
+        self.dtype = DTYPES.get(str(values.get("model.dtype")), "BF16")
 
     def tensors(self) -> Iterator[TensorInfo]:
-        names, values = self.family.names, self.values
+        """Of the experts, the router and the shared expert."""
+        names, stacking = self.family.names, self.family.names.stacked
         experts, hidden = (self._count(name) for name in ("n_routed_experts", "hidden_size"))
-        routed = list(self._parts("routed", slots=1))
-        for expert in range(experts):
-            for projection, tensors in routed:
-                base = names.routed.format(expert=expert, projection=names.projections[projection])
-                for suffix, dtype, shape in tensors:
-                    yield _info(f"{self.block}.{base}.{suffix}", dtype, shape)
-        dtype = DTYPES.get(str(values.get("model.dtype")), "BF16")
+        if stacking is not None and (stacking.transposed or not names.routed):
+            yield from self._stacked(stacking, experts)
+        else:
+            yield from self._one_by_one(experts)
         if names.router:
-            yield _info(f"{self.block}.{names.router}", dtype, (experts, hidden))
+            yield self._info(names.router, self.dtype, (experts, hidden))
         if names.router_bias:
-            yield _info(f"{self.block}.{names.router_bias}", "F32", (experts,))
+            added = self.family.router.get("bias") == "logits"  # to scores that choose experts: in float32
+            yield self._info(names.router_bias, self.dtype if added else "F32", (experts,))
         if not self._has("shared"):
             return
-        for projection, tensors in self._parts("shared", slots=max(1, self._count("n_shared_experts"))):
-            base = names.shared.format(projection=names.shared_projections[projection])
-            for suffix, dtype_, shape in tensors:
-                yield _info(f"{self.block}.{base}.{suffix}", dtype_, shape)
+        storage = self._storage("shared")
+        slots = max(1, self._count("n_shared_experts"))
+        for projection, name in names.shared_projections.items():
+            for suffix, dtype, shape in self._parts(storage, *_size(projection, storage, slots)):
+                yield self._info(f"{names.shared.format(projection=name)}.{suffix}", dtype, shape)
         if names.shared_gate:
-            yield _info(f"{self.block}.{names.shared_gate}", dtype, (1, hidden))
+            yield self._info(names.shared_gate, self.dtype, (1, hidden))
+
+    def _one_by_one(self, experts: int) -> Iterator[TensorInfo]:
+        names, storage = self.family.names, self._storage("routed")
+        for projection, name in names.projections.items():
+            out, in_ = _size(projection, storage)
+            parts = list(self._parts(storage, out, in_))
+            if names.expert_bias:
+                parts.append((names.expert_bias, self.dtype, (out,)))
+            for expert in range(experts):
+                base = names.routed.format(expert=expert, projection=name)
+                for suffix, dtype, shape in parts:
+                    yield self._info(f"{base}.{suffix}", dtype, shape)
+
+    def _stacked(self, stacking: Stacking, experts: int) -> Iterator[TensorInfo]:
+        storage, bias, swapped = self._storage("routed"), self.family.names.expert_bias, stacking.transposed
+        for kind, name in stacking.names.items():
+            out, in_ = _size(PROJECTIONS_OF[kind][0], storage)
+            out *= len(PROJECTIONS_OF[kind])
+            for suffix, dtype, shape in self._parts(storage, out, in_):
+                if not shape:
+                    raise CheckpointError(
+                        f"{self.config}: `{name}` is all experts in one, each with a `{suffix}` of its own, and how "
+                        "those are stored it does not tell; name a folder with the safetensors headers"
+                    )
+                if swapped is True or (swapped and suffix in swapped):
+                    shape = shape[::-1]
+                yield self._info(name if suffix == "weight" else f"{name}_{suffix}", dtype, (experts, *shape))
+            if bias:
+                yield self._info(f"{name}_{bias}", self.dtype, (experts, out))
+
+    def _info(self, name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
+        nbytes = prod(shape) * DTYPE_BITS[dtype] // 8
+        return TensorInfo(name=f"{self.block}.{name}", dtype=dtype, shape=shape, shard=SHARD, start=0, end=nbytes)
 
     def _has(self, kind: str) -> bool:
         reading = self.layer.get(f"layer.{kind}_excluded")
         return reading is not None and isinstance(reading.value, str)
 
-    def _parts(self, kind: str, slots: int) -> Iterator[tuple[str, list[tuple[str, str, tuple[int, ...]]]]]:
-        """Each projection of an expert, and suffix, dtype and shape of its tensors."""
-        record = self._storage(kind)
-        name, width, hidden = (record[field] for field in ("format", "width", "input_width"))
-        signature = self.formats[name].signature_of(self.family.name, self.method)
-        for projection in self.family.names.projections:
-            out, in_ = (hidden, width * slots) if projection == "down" else (width * slots, hidden)
-            tensors = []
-            for part in signature.parts:
-                if part.optional:
-                    continue
-                shape = tuple(term.size({"out": out, "in": in_}) for term in part.shapes[0])
-                sizes = tuple(size for size in shape if size is not None)
-                if len(sizes) < len(shape):
-                    raise CheckpointError(
-                        f"{self.config}: {kind} experts {out} x {in_} can't be stored in {name}: {part.suffix} is "
-                        "of no whole size; correct the config"
-                    )
-                tensors.append((part.suffix, _dtype(part, record.get("scale_dtype")), sizes))
-            yield projection, tensors
+    def _parts(self, storage: Mapping[str, Any], out: int, in_: int) -> Iterator[Part]:
+        """Suffix, dtype and shape of each tensor of a matrix ``(out, in_)``."""
+        name = storage["format"]
+        for part in self.formats[name].signature_of(self.family.name, self.method).parts:
+            if part.optional:
+                continue
+            sizes = [term.size({"out": out, "in": in_}) for term in part.shapes[0]]
+            shape = tuple(size for size in sizes if size is not None)
+            if len(shape) < len(sizes):
+                raise CheckpointError(
+                    f"{self.config}: experts of {out} x {in_} can't be stored in {name}, `{part.suffix}` would have no "
+                    "whole size; correct the config"
+                )
+            yield part.suffix, _dtype(part, storage["scale_dtype"]), shape
 
     def _storage(self, kind: str) -> Mapping[str, Any]:
         fields = {
@@ -126,8 +154,6 @@ def _dtype(part: PartSpec, scale_dtype: object) -> str:
     return next(of_scale, part.dtypes[0])
 
 
-def _info(name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
-    bits = DTYPE_BITS[dtype]
-    for size in shape:
-        bits *= size
-    return TensorInfo(name=name, dtype=dtype, shape=shape, shard=SHARD, start=0, end=bits // 8)
+def _size(projection: str, storage: Mapping[str, Any], slots: int = 1) -> tuple[int, int]:
+    width, hidden = storage["width"] * slots, storage["input_width"]
+    return (hidden, width) if projection == "down" else (width, hidden)
