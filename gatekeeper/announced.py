@@ -19,6 +19,8 @@ from gatekeeper.names import canonical_method
 from gatekeeper.stacking import PROJECTIONS_OF, Stacking
 from gatekeeper.values import ABSENT, UNKNOWN, Reading, Readings, Values
 
+MAX_EXPERTS = 1_000_000
+"""In all layers together; the largest published models have some 50,000."""
 SHARD = "announced"
 """In the place of a shard's name: there is none yet."""
 Part: TypeAlias = tuple[str, str, tuple[int, ...]]
@@ -36,6 +38,12 @@ def announced_index(
     release. Routers are in the model's dtype, correction biases in float32, as DeepSeek-V3's release has them. Raises
     `CheckpointError` where the config does not say how a layer's experts are stored, or how many there are.
     """
+    experts = values.get("model.n_routed_experts")
+    if isinstance(experts, int) and experts * len(layers) > MAX_EXPERTS:
+        raise CheckpointError(
+            f"{target.name} announces {experts} experts in each of {len(layers)} layers, more than {MAX_EXPERTS} in "
+            "all; correct it"
+        )
     tensors = {
         one.name: one for layer in layers for one in _Layer(target.name, layer, values, family, formats).tensors()
     }
@@ -64,8 +72,8 @@ class _Layer:
         if names.router:
             yield self._info(names.router, self.dtype, (experts, hidden))
         if names.router_bias:
-            added = self.family.router.get("bias") == "logits"  # to scores that choose experts: in float32
-            yield self._info(names.router_bias, self.dtype if added else "F32", (experts,))
+            corrects = self.family.router.get("bias") != "logits"
+            yield self._info(names.router_bias, "F32" if corrects else self.dtype, (experts,))
         if not self._has("shared"):
             return
         storage = self._storage("shared")

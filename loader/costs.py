@@ -145,12 +145,22 @@ def _divides(width: int, parts: int, layout: Layout) -> bool:
 
 
 def _rank_share(layer: LayerPlan, param: ParamSpec, tp_size: int, ep_size: int) -> int:
-    if ".experts." in param.name:
+    if param.kind == "experts":
         one = param.nbytes // layer.n_slots
-        if param.name.endswith(".w2_bias"):  # added once, after the sum over ranks: not divided by width
-            return one * layer.n_routed // ep_size + one * (layer.n_slots - layer.n_routed)
-        return (one * layer.n_routed // ep_size + one * (layer.n_slots - layer.n_routed)) // (tp_size // ep_size)
-    return param.nbytes // tp_size if ".shared." in param.name else param.nbytes
+        held = one * layer.n_routed // ep_size + one * (layer.n_slots - layer.n_routed)
+        return held // (tp_size // ep_size) if _is_cut(param, layer.layout) else held
+    if param.kind == "shared" and layer.shared_layout is not None and _is_cut(param, layer.shared_layout):
+        return param.nbytes // tp_size
+    return param.nbytes
+
+
+def _is_cut(param: ParamSpec, layout: Layout) -> bool:
+    """Whether ranks share a parameter's bytes: gate and up are cut by rows and down by columns, where it has such."""
+    matrix, _, name = param.name.rpartition(".")[2].partition("_")
+    part = next((part for part in layout.parts if part.name == name), None)
+    if part is None:  # a bias: that of down is added once, after the sum over ranks
+        return matrix == "w13"
+    return (part.rows_per_item if matrix == "w13" else part.columns_per_item) is not None
 
 
 def _slot_bytes(layer: LayerPlan) -> int:

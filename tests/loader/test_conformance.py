@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from gatekeeper.names import covers, spellings
 from loader.formats import FORMATS
 from loader.packing import PACKERS
 
@@ -66,3 +68,36 @@ def test_quark_reads_what_we_pack_as_we_do(seed: int) -> None:
     assert torch.equal(packer.pack(numbers.clone(), reorder=False), ours["weight"])
     back = numbers * scale.repeat_interleave(32, dim=-1)
     assert torch.equal(FORMATS["mxfp4"].dequantize(ours, torch.float32), back)
+
+
+WORDS = ("model", "layers", "1", "10", "mlp", "experts", "gate", "gate_proj", "shared_experts", "self_attn")
+REGEXES = ("re:.*mlp.*", r"re:model\.layers\.1", "re:.*shared_experts.*", "re:.*gate$", "re:layers")
+GLOBS = ("*mlp*", "*.gate", "model.layers.1*", "*shared_experts*", "model.layers.?.mlp.gate")
+
+
+def draw(seed: int, patterns: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Patterns, of which half are names, each with a name."""
+    rng = random.Random(seed)
+
+    def name() -> str:
+        return ".".join(rng.choices(WORDS, k=rng.randint(1, 6)))
+
+    return [(rng.choice(patterns) if rng.random() < 0.5 else name(), name()) for _ in range(20_000)]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_names_match_as_compressed_tensors_matches_them(seed: int) -> None:
+    from compressed_tensors.utils.match import match_name
+
+    for pattern, name in draw(seed, REGEXES):
+        expected = any(match_name(one, pattern) for one in spellings(name))
+        assert covers("compressed-tensors", [pattern], name) is expected, (pattern, name)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_names_match_as_quark_matches_them(seed: int) -> None:
+    from quark.torch.quantization.file2file_utils import match_modules
+
+    for pattern, name in draw(seed, GLOBS):
+        expected = bool(match_modules(pattern, set(spellings(name))))
+        assert covers("quark", [pattern], name) is expected, (pattern, name)

@@ -90,8 +90,26 @@ def test_any_layout_is_counted(kimi: Plan, tp_size: int, ep_size: int) -> None:
     assert one.routers == kimi.per_rank.routers
 
 
+def test_what_can_not_be_cut_is_on_every_rank(tmp_path: Path) -> None:
+    """Of FP8 by channel, down_proj's scales go by its rows, which are not divided."""
+    config = json.loads((CORPUS / "deepseek-ai__DeepSeek-V3" / "config.json").read_text("utf-8"))
+    config |= {"n_routed_experts": 16, "num_nextn_predict_layers": 0}
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["re:.*shared_experts.*"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = plans_of(tmp_path, tp_size=8)["target"]
+    width, hidden = 2048, 7168
+    scales = 2 * (2 * width) // 8 + 2 * hidden  # bf16: gate's and up's are divided, down's are not
+    assert plan.per_rank.experts == 58 * 16 * (3 * width * hidden // 8 + scales)
+
+
 def test_gpt_oss_agrees_with_paper_to_the_byte() -> None:
-    """openai/gpt-oss-120b: experts in one tensor, MXFP4 with biases, and a router with one; no bytes differ for that."""
+    """openai/gpt-oss-120b: experts in one tensor, MXFP4, biases in experts and router."""
     plan = plans_of(CORPUS / "openai__gpt-oss-120b" / "config.json", tp_size=5)["target"]
     weights = 3 * 2880 * 2880
     expert = weights // 2 + weights // 32 + (2 * 2880 + 2880) * 2
@@ -167,6 +185,12 @@ def test_what_config_does_not_tell_is_said(tmp_path: Path) -> None:
     config["text_config"]["quantization_config"]["quant_method"] = "new-method"
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"routed experts of layer 1 .*`new-method` is not known here"):
+        plans_of(folder)
+
+
+def test_a_config_can_not_make_us_count_for_ever(tmp_path: Path) -> None:
+    folder = shrunk("moonshotai__Kimi-K2.5", tmp_path, experts=99_999)
+    with pytest.raises(CheckpointError, match="99999 experts in each of 60 layers, more than 1000000 in all"):
         plans_of(folder)
 
 
