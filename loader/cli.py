@@ -163,7 +163,7 @@ def _fit(
     incomplete: bool,
 ) -> int:
     """Say whether the plans fit a device, print what is to be JSON, and return the exit code."""
-    from loader.memory import fit
+    from loader.fits import fit
 
     found = None if device_bytes is None else fit(plans, device_bytes, source)
     if answers is not None:

@@ -17,7 +17,7 @@ from gatekeeper.source import check_data
 from loader import Plan
 from loader.cli import group
 from loader.costs import rank_bytes
-from loader.memory import fit
+from loader.fits import fit
 from loader.planning import plan_target
 from loader.text import bytes_of
 
