@@ -6,10 +6,11 @@ from gatekeeper.decide import decide
 from gatekeeper.decision import Decision, Decisions, LayerDecision, Outcome, ranges
 from gatekeeper.errors import CheckpointError, FactError, Fault, GatekeeperError, RefusedError, RuleError
 from gatekeeper.facts import Facts, Runner, from_record
-from gatekeeper.families import Family, MoeTensors, find_moe_layers
+from gatekeeper.families import Family
 from gatekeeper.formats import Format, PartSpec, Signature, Storage
 from gatekeeper.lean import CompiledFeature
 from gatekeeper.load import load_rules, parse_rule_set
+from gatekeeper.moe_tensors import MoeTensors, find_moe_layers
 from gatekeeper.reading import join, open_target, read_facts, runners_of
 from gatekeeper.rules import RuleSet
 from gatekeeper.stacking import View

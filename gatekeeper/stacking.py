@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -43,8 +43,8 @@ class Stacking:
     """The module that holds them, as exclude lists name it: ``experts``."""
     names: Mapping[str, str]
     """``gate_up`` (or ``gate`` and ``up``) and ``down`` to their names below the block: ``experts.gate_up_proj``."""
-    transposed: bool | frozenset[str] = False
-    """Whether the last two axes are swapped: in all parts, or only in those with these suffixes."""
+    transposed: bool | frozenset[str] | None = False
+    """Whether the last two axes are swapped: in all parts, or in those with these suffixes; None: see `settled`."""
     interleaved: bool = False
     """Whether the rows of gate and up take turns in ``gate_up``, gate first."""
 
@@ -52,12 +52,24 @@ class Stacking:
     def parse(cls, data: Mapping[str, Any]) -> Stacking:
         """Read `names.stacked` of a family whose shape was checked."""
         transposed = data.get("transposed", False)
+        transposed = None if transposed == "by_shape" else transposed
         return cls(
             module=data["module"],
             names=MappingProxyType({kind: data[kind] for kind in KINDS if kind in data}),
-            transposed=transposed if isinstance(transposed, bool) else frozenset(transposed),
+            transposed=frozenset(transposed) if isinstance(transposed, list | tuple) else transposed,
             interleaved=data.get("interleaved", False),
         )
+
+    def settled(self, shapes: Mapping[str, tuple[int, ...]]) -> Stacking:
+        """This with `transposed` told by the shapes of the weights, by kind, where the family leaves it open.
+
+        Swapped, ``gate_up`` ``(E, D, 2F)`` has twice the columns that ``down`` ``(E, F, D)`` has rows; as they stand,
+        ``(E, 2F, D)`` and ``(E, D, F)``, it has as many. Never do both hold, whatever the sizes.
+        """
+        if self.transposed is not None:
+            return self
+        gate_up, down = shapes.get("gate_up", ()), shapes.get("down", ())
+        return replace(self, transposed=len(gate_up) == len(down) == 3 and gate_up[2] == 2 * down[1])
 
     def name_of(self, projection: str) -> str:
         """The tensor that holds a projection of all experts: ``experts.gate_up_proj`` for ``up``."""
@@ -68,7 +80,7 @@ class Stacking:
         if len(tensor) < 2 or not expert < tensor[0]:
             return None
         swapped = suffix in self.transposed if isinstance(self.transposed, frozenset) else self.transposed
-        swapped = swapped and len(tensor) > 2
+        swapped = bool(swapped) and len(tensor) > 2
         rows = _item(tensor, swapped)[0]
         if kind != "gate_up":
             return View(item=expert, rows=range(rows), transposed=swapped)

@@ -74,7 +74,8 @@ class _LayerPlanner:
         self.params: list[ParamSpec] = []
         self.unused: list[str] = []
         self.claimed: set[str] = set()
-        self.experts = [layer.expert(number) for number in range(layer.n_experts)]
+        count = min(layer.n_experts, widths.n_routed) if layer.stacked and not layer.routed else layer.n_experts
+        self.experts = [layer.expert(number) for number in range(count)]
         self.filled: dict[tuple[str, int | None, Span], str] = {}
 
     def plan(self) -> tuple[LayerPlan | None, list[PlanFault]]:
@@ -82,6 +83,7 @@ class _LayerPlanner:
         if routed is None:
             return None, [self._no_format("routed", self._first_routed())]
         self._router()
+        self._counts()
         n_slots = self.w.n_routed + self.fused_slots
         self._stack("experts", routed, n_slots, self.w.width)
         for expert in range(max(self.w.n_routed, len(self.experts))):
@@ -158,12 +160,16 @@ class _LayerPlanner:
         for projection in (GATE, UP, DOWN):
             found = tensors.get(projection, {})
             if expert >= n_slots:
-                # One by one they are left unclaimed and reported as unexpected; a stack has one name for all.
-                for info in found.values() if self.layer.stacked else ():
-                    self._fault("unexpected", info.name, f"the stack holds expert {expert}, there are {n_slots} slots")
-                continue
+                continue  # left unclaimed: reported as unexpected
             base = self._base(expert, projection)
             self._projection(layout, "experts", projection, found, base, self.w.width, [(expert, (0, self.w.width))])
+
+    def _counts(self) -> None:
+        """Stacks of more experts than there are; in one of fewer, the slots that stay empty are reported."""
+        stacks = [info for parts in self.layer.stacked.values() for info in parts.values()]
+        for info in (*stacks, *self.layer.stacked_bias.values()) if not self.layer.routed else ():
+            if info.shape and info.shape[0] > self.w.n_routed:
+                self._fault("shape", info.name, f"holds {info.shape[0]} experts, config.json has {self.w.n_routed}")
 
     def _biases(self, n_slots: int) -> None:
         """Biases of the experts, all of one dtype: rows of gate, then of up, and those of down."""

@@ -259,6 +259,12 @@ def _layer_json(layer: LayerPlan, tensors: bool) -> dict[str, Any]:
                 "expert": p.expert,
                 "rows": list(p.rows),
                 "source": p.source and [list(s) for s in p.source],
+                "view": p.view
+                and {
+                    "item": p.view.item,
+                    "rows": [p.view.rows.start, p.view.rows.stop, p.view.rows.step],
+                    "transposed": p.view.transposed,
+                },
             }
             for p in layer.placements
         ]

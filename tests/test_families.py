@@ -9,7 +9,8 @@ import pytest
 
 from gatekeeper.checkpoint import Index, TensorInfo
 from gatekeeper.errors import CheckpointError, FactError, RuleError
-from gatekeeper.families import Family, find_moe_layers, overlaps, select_family
+from gatekeeper.families import Family, overlaps, select_family
+from gatekeeper.moe_tensors import MoeTensors, find_moe_layers
 from gatekeeper.providers.config import settled
 from gatekeeper.source import check_schema, parse_yaml, read_yaml
 from gatekeeper.values import ABSENT, Values
@@ -225,3 +226,49 @@ def test_a_broken_family_file_is_a_fault(change: str, into: str) -> None:
     assert change in text
     with pytest.raises(RuleError):
         Family.parse(checked(parse_yaml(text.replace(change, into, 1), "families/deepseek_v3.yaml"), "family"))
+
+
+TABLE: dict[str, Any] = read_yaml(RULES.parent / "tests" / "families.yaml").data
+
+
+def test_every_family_has_its_row() -> None:
+    assert set(TABLE) == {one.name for one in families()}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_which_layers_have_experts(name: str) -> None:
+    values: dict[str, Any] = dict.fromkeys(family(name).moe_layer.names, ABSENT)
+    values |= {f"model.{fact}": tuple(v) if isinstance(v, list) else v for fact, v in TABLE[name]["facts"].items()}
+    numbers = family(name).layer_numbers(values)
+    assert numbers is not None
+    assert [index for role, index, _ in numbers if role == "main"] == TABLE[name]["main"]
+    assert [index for role, index, _ in numbers if role == "mtp"] == TABLE[name]["mtp"]
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_what_each_tensor_is(name: str) -> None:
+    expected, values = TABLE[name]["tensors"], {"model.num_hidden_layers": TABLE[name]["facts"]["num_hidden_layers"]}
+    layers = find_moe_layers(index_of(*expected), family(name), values)
+    found = {tensor: what for one in layers for what, tensor in described(one)}
+    assert {tensor: found.get(tensor, "nothing") for tensor in expected} == expected
+
+
+def described(one: MoeTensors) -> list[tuple[str, str]]:
+    """Everything in one layer, in the table's words, with the tensor's name."""
+    draft = "mtp " if one.role == "mtp" else ""
+    found = [
+        (f"{draft}routed {expert} {projection}", info.name)
+        for expert, projections in enumerate(one.routed)
+        for projection, parts in projections.items()
+        for info in parts.values()
+    ]
+    found += [(f"{draft}stacked {kind}", info.name) for kind, parts in one.stacked.items() for info in parts.values()]
+    found += [(f"{draft}bias {kind}", info.name) for kind, info in one.stacked_bias.items()]
+    found += [
+        (f"{draft}bias {expert} {projection}", info.name)
+        for expert, biases in enumerate(one.routed_bias)
+        for projection, info in biases.items()
+    ]
+    found += [(f"{draft}shared {p}", info.name) for p, parts in (one.shared or {}).items() for info in parts.values()]
+    singles = {"router": one.router, "router_bias": one.router_bias, "shared_gate": one.shared_gate}
+    return found + [(f"{draft}{what}", info.name) for what, info in singles.items() if info is not None]

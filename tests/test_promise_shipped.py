@@ -154,7 +154,7 @@ def test_the_random_loads_reach_on_and_error() -> None:
     """A promise about decisions that never come is empty."""
     seen: set[str] = set()
 
-    @settings(max_examples=300, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=600, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(loads())
     def look(pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
         with quiet():

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from gatekeeper.catalogue import Catalogue
 from gatekeeper.checkpoint import Index, TensorInfo
 from gatekeeper.errors import FactError
-from gatekeeper.families import Family, MoeTensors, find_moe_layers
+from gatekeeper.families import Family
 from gatekeeper.formats import Format, Storage, recognise
+from gatekeeper.moe_tensors import MoeTensors, find_moe_layers
 from gatekeeper.providers.config import ConfigFile, settled
 from gatekeeper.providers.quantization import LayerReader
 from gatekeeper.stacking import PROJECTIONS_OF

@@ -27,7 +27,9 @@ def planned(folder: Path, on: bool = False, slots: int = 1, backend: str | None 
     assert index is not None
     facts = read_facts(folder)
     decisions = decided([1, 2] if on else [], slots=slots, backend=backend)
-    return build_plan(index, shipped().families[str(facts.values["model.family"])], facts, decisions), index
+    rules = shipped()
+    family = rules.families[str(facts.values["model.family"])]
+    return build_plan(index, family, facts, decisions, rules.formats), index
 
 
 @pytest.mark.parametrize("format_name", ["bf16", "fp16", "int4_g32", "mxfp4", "fp8_block"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -125,6 +125,7 @@ shapes = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(0, 1000)).m
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=25)
 @given(shapes, st.floats(-12, 12))
 def test_two_readings_of_one_packing_agree(name: str, shape: tuple[int, int, int], magnitude: float) -> None:
     rows, columns, seed = shape
@@ -154,6 +155,7 @@ SIGNATURES = [
 
 
 @pytest.mark.parametrize(("name", "number", "scale"), SIGNATURES)
+@settings(max_examples=15)
 @given(st.integers(0, 10**6), st.integers(2, 200), st.integers(1, 5))
 def test_any_bytes_mean_the_same_by_two_readings(
     name: str, number: int, scale: str, seed: int, rows: int, groups: int

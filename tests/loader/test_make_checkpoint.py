@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from gatekeeper import CheckpointError, read_facts, read_index
 from loader import Recipe, make_checkpoint
 from loader.blueprints import BLUEPRINTS
+from loader.packing import PACKERS
 
 # The model in tests/corpus that each family's blueprint looks like.
 MODELS = {
@@ -81,6 +83,25 @@ def test_the_gatekeeper_reads_every_combination(made: Callable[..., Path], famil
         assert found == {(format_name, shared)}
         draft = [layer for layer in facts.layers if layer["layer.role"].value == "mtp"]
         assert len(draft) == BLUEPRINTS[family].config.get("num_nextn_predict_layers", 0)
+
+
+@pytest.mark.parametrize("family", ["kimi_k25", "glm4_moe"])
+@pytest.mark.parametrize("format_name", [name for name in PACKERS if name not in ("bf16", "fp16", "fp32")])
+def test_config_says_what_the_headers_say(
+    made: Callable[..., Path], tmp_path: Path, family: str, format_name: str
+) -> None:
+    for shared in (format_name, "bf16"):
+        folder = made(family=family, format_name=format_name, shared_format=shared, experts=8)
+        alone = tmp_path / shared
+        alone.mkdir()
+        shutil.copy(folder / "config.json", alone)
+        for where in (folder, alone):
+            facts = read_facts(where)
+            assert facts.layers is not None
+            stored = {
+                (v["layer.routed_storage.format"].value, v["layer.shared_storage.format"].value) for v in facts.layers
+            }
+            assert stored == {(format_name, shared)}
 
 
 def test_the_safetensors_library_reads_what_we_write(made: Callable[..., Path]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from loader.activation import ExpertConfig
 from loader.formats import layout_of
 from loader.kernels import KERNELS
 from loader.moe import Experts, MoELayer, Router, RouterConfig, SharedExpert, SharedGate, SharedSlotRouter
@@ -126,9 +127,17 @@ def test_a_negative_biased_score_does_not_lose_to_a_closed_group() -> None:
     assert sorted(ids_TK[0].tolist()) == [0, 1]
 
 
+KINDS = (
+    ExpertConfig(),
+    ExpertConfig(limit=1.5, alpha=1.702, up_offset=1.0),  # gpt-oss, which has biases too
+    ExpertConfig(hidden_act="gelu_pytorch_tanh", weighed="input"),
+)
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 37])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_agree(tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("config", KINDS, ids=["plain", "biased", "input"])
+def test_kernels_agree(tokens: int, dtype: torch.dtype, config: ExpertConfig) -> None:
     """More experts than are dequantized at once, and some that no token chose."""
     n_experts, d, width, k = 70, 16, 8, 4
     mlps = [mlp(width, 3 * e, d) for e in range(n_experts)]
@@ -139,7 +148,13 @@ def test_kernels_agree(tokens: int, dtype: torch.dtype) -> None:
         else torch.empty(0, k, dtype=torch.int64)
     )
     weights_TK = torch.rand(tokens, k, generator=torch.Generator().manual_seed(9))
-    eager, grouped = (stack(mlps, width, name, d)(x_TD, weights_TK, ids_TK) for name in ("eager", "grouped_mm"))
+    kernels = [stack(mlps, width, name, d) for name in ("eager", "grouped_mm")]
+    for experts in kernels:
+        experts.config = config
+        if config.alpha is not None:
+            experts.w13_bias = parameter(normal(n_experts, 2 * width, seed=4))
+            experts.w2_bias = parameter(normal(n_experts, d, seed=5))
+    eager, grouped = (experts(x_TD, weights_TK, ids_TK) for experts in kernels)
     assert eager.shape == (tokens, d) and eager.dtype == grouped.dtype == torch.float32
     # Both round gate, up and down to `dtype` at the same places; only the order of sums differs.
     torch.testing.assert_close(grouped, eager, rtol=8 * torch.finfo(dtype).eps, atol=32 * torch.finfo(dtype).eps)

@@ -19,7 +19,7 @@ SHARED = "model.layers.{}.mlp.shared_experts.{}_proj.{}"
 
 
 def plan(tensors: dict[str, TensorInfo], decisions: object = None, name: str = "deepseek_v3", **model: object) -> Plan:
-    return build_plan(index_of(tensors), family(name), facts_of(**model), decisions or {})
+    return build_plan(index_of(tensors), family(name), facts_of(**model), decisions or {}, shipped().formats)
 
 
 def faults(tensors: dict[str, TensorInfo], decisions: object = None, **model: object) -> PlanError:
@@ -307,7 +307,9 @@ def test_a_family_needs_no_python(name: str, fused: bool) -> None:
     facts = facts_of(n_shared_experts=int(has_shared))
     # Whatever this family says of its layers in config.json, the two that are there are the ones it has.
     which = dataclasses.replace(which, moe_layer=family("deepseek_v3").moe_layer)
-    found = build_plan(index_of(tensors), which, facts, decided([1, 2] if fused and has_shared else []))
+    found = build_plan(
+        index_of(tensors), which, facts, decided([1, 2] if fused and has_shared else []), shipped().formats
+    )
     assert {p.key for p in found.placements} == set(tensors)
     assert {layer.shared for layer in found.layers} == {"none" if not has_shared else "slot" if fused else "separate"}
     for layer in found.layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -22,27 +23,40 @@ from loader.verify import relative_error, tolerance
 from tests.loader.ct_writer import decompress, quantize
 from tests.loader.fakes import shipped
 from tests.loader.surgery import rewrite
-from tests.loader.tiny_models import MODELS, TOKENS, Replaced, blocks, make, read
+from tests.loader.test_blocks import from_golden
+from tests.loader.tiny_models import MODELS, TOKENS, Replaced, Tiny, blocks, make, read
 
 pytestmark = pytest.mark.transformers
 
 Saved = tuple[Path, nn.Module]
+GOLDENS = Path(__file__).parent / "goldens"
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Saved]:
-    """A checkpoint as published (experts as their authors name them) or as the model has it in memory (stacked)."""
-    done: dict[tuple[str, bool], Saved] = {}
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Saved]:
+    """A checkpoint as published (experts as their authors name them) or stacked as in memory; and the model again."""
+    done: dict[tuple[str, str], Saved] = {}
 
-    def save(name: str, published: bool) -> Saved:
-        if (name, published) not in done:
-            folder = tmp_path_factory.mktemp("saved") / "it"
-            make(MODELS[name]).save_pretrained(folder, save_original_format=published)
-            # Both have the same numbers, so one model serves both.
-            done[name, published] = (folder, read(folder) if not published else save(name, False)[1])
-        return done[name, published]
+    def save(name: str, layout: str) -> Saved:
+        if (name, layout) not in done:
+            tiny, folder = MODELS[name], tmp_path_factory.mktemp("saved") / "it"
+            make(tiny).save_pretrained(folder, save_original_format=layout == "published")
+            model = read(folder)
+            if layout == "published":
+                as_the_authors_do(folder, tiny)
+            done[name, layout] = (folder, model)
+        return done[name, layout]
 
     return save
+
+
+def as_the_authors_do(folder: Path, tiny: Tiny) -> None:
+    """Change what transformers spells otherwise, after it has read its own."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, **tiny.published}), "utf-8")
+    if tiny.renamed is not None:
+        old, new = tiny.renamed
+        rewrite(folder, lambda tensors: [tensors.update({n.replace(old, new): tensors.pop(n)}) for n in list(tensors)])
 
 
 def decided(folder: Path, backend: str, *, fused: bool) -> Decisions:
@@ -122,16 +136,18 @@ def rounded(
     return tuple(weight.to(dtype) for weight in exact(experts_U, to))
 
 
-CASES = [(name, fused) for name, tiny in MODELS.items() for fused in ([False, True] if tiny.fuses else [False])]
+LAYOUTS = [(name, layout) for name, tiny in MODELS.items() for layout in tiny.layouts]
+CASES = [(name, layout, fused) for name, layout in LAYOUTS for fused in (False, True)[: 1 + MODELS[name].fuses]]
 
 
-@pytest.mark.parametrize("published", [True, False], ids=["published", "stacked"])
 @pytest.mark.parametrize("backend", ["eager", "grouped_mm"])
-@pytest.mark.parametrize(("name", "fused"), CASES, ids=[f"{n}{'-fused' if f else ''}" for n, f in CASES])
+@pytest.mark.parametrize(
+    ("name", "layout", "fused"), CASES, ids=["-".join((n, how, *["fused"] * f)) for n, how, f in CASES]
+)
 def test_blocks_and_logits_are_those_of_transformers(
-    saved: Callable[[str, bool], Saved], name: str, fused: bool, backend: str, published: bool
+    saved: Callable[[str, str], Saved], name: str, layout: str, fused: bool, backend: str
 ) -> None:
-    folder, model = saved(name, published)
+    folder, model = saved(name, layout)
     decisions = decided(folder, backend, fused=fused)
     figures, logits, prepared = compare(model, folder, decisions)
     print(f"{name}: blocks {max(figures.values()):.1e}, logits {logits:.1e}, allowed {allowed(prepared):.1e}")
@@ -145,22 +161,34 @@ def test_blocks_and_logits_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 def test_what_is_loaded_is_what_our_own_reference_reads(
-    saved: Callable[[str, bool], Saved], name: str, dtype: torch.dtype
+    saved: Callable[[str, str], Saved], name: str, layout: str, dtype: torch.dtype
 ) -> None:
-    for published in (True, False):
-        folder, _ = saved(name, published)
-        decisions = decided(folder, "grouped_mm", fused=MODELS[name].fuses)
-        prepared = loader.prepare(folder, decisions, shipped())
-        layers = loader.build(prepared.plan, prepared.index)
-        found = loader.verify(layers, prepared.plan, prepared.index, prepared.tensors, dtype=dtype)
-        assert all(0 < one.figure <= one.tolerance and one.tokens > 8 for one in found)
+    folder, _ = saved(name, layout)
+    prepared = loader.prepare(folder, decided(folder, "grouped_mm", fused=MODELS[name].fuses), shipped())
+    layers = loader.build(prepared.plan, prepared.index)
+    found = loader.verify(layers, prepared.plan, prepared.index, prepared.tensors, dtype=dtype)
+    assert all(0 < one.figure <= one.tolerance and one.tokens > 8 for one in found)
 
 
-def test_a_wrong_block_is_seen_in_the_logits(saved: Callable[[str, bool], Saved]) -> None:
+def test_qwen_ships_its_stacks_transposed(saved: Callable[[str, str], Saved], tmp_path: Path) -> None:
+    """transformers reads both ways round, and writes but one of them."""
+    source, model = saved("Qwen3-VL-MoE", "stacked")
+    folder = shutil.copytree(source, tmp_path / "transposed")
+    stacks = (".experts.gate_up_proj", ".experts.down_proj")
+
+    def transpose(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({n: t.transpose(1, 2).contiguous() for n, t in tensors.items() if n.endswith(stacks)})
+
+    rewrite(folder, transpose)
+    figures, logits, prepared = compare(model, folder, decided(folder, "eager", fused=False))
+    assert max(figures.values()) <= allowed(prepared) and logits <= len(figures) * allowed(prepared)
+
+
+def test_a_wrong_block_is_seen_in_the_logits(saved: Callable[[str, str], Saved]) -> None:
     """The comparison can fail: experts that are loaded in another order are no match."""
-    folder, model = saved("Mixtral", True)
+    folder, model = saved("Mixtral", "published")
     decisions = decided(folder, "eager", fused=False)
     layers = loader.load_moe(folder, decisions, rules=shipped())
     _, seen = run(model)
@@ -169,11 +197,11 @@ def test_a_wrong_block_is_seen_in_the_logits(saved: Callable[[str, bool], Saved]
         assert relative_error(layers[0](seen[0][0]), seen[0][1]) > 0.1
 
 
-def test_gpt_oss_stays_packed(saved: Callable[[str, bool], Saved], tmp_path: Path) -> None:
+def test_gpt_oss_stays_packed(saved: Callable[[str, str], Saved], tmp_path: Path) -> None:
     """MXFP4 blocks and scales as OpenAI ships them: packed in memory, with the logits of transformers' dequantizer."""
     import transformers
 
-    folder = shutil.copytree(saved("gpt-oss", True)[0], tmp_path / "packed")
+    folder = shutil.copytree(saved("gpt-oss", "published")[0], tmp_path / "packed")
     rewrite(folder, pack_stacks)
     quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -214,11 +242,11 @@ PLAIN = ["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"]
     ],
 )
 def test_what_compressed_tensors_writes_has_the_logits_of_what_it_reads(
-    saved: Callable[[str, bool], Saved], tmp_path: Path, format_name: str, name: str, plain: str
+    saved: Callable[[str, str], Saved], tmp_path: Path, format_name: str, name: str, plain: str
 ) -> None:
     import transformers
 
-    folder = shutil.copytree(saved(name, True)[0], tmp_path / "quantized")
+    folder = shutil.copytree(saved(name, "published")[0], tmp_path / "quantized")
     quantize(folder, format_name, [*PLAIN, "re:.*shared_experts.*"] if plain else PLAIN)
     if format_name == "nvfp4_ct":
         # transformers 5.23 leaves the factor of the whole matrix out when it stacks experts; its library does not.
@@ -234,3 +262,14 @@ def test_what_compressed_tensors_writes_has_the_logits_of_what_it_reads(
     assert {one.format for one in prepared.plan.layers} == {format_name}
     assert {one.shared == "slot" for one in prepared.plan.layers} == {fused}
     assert max(figures.values()) <= allowed(prepared) and logits <= len(figures) * allowed(prepared)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (GOLDENS / "blocks").glob("*.json")))
+def test_the_kept_blocks_are_what_transformers_makes(name: str, root: Path) -> None:
+    spec = importlib.util.spec_from_file_location("goldens", root / "scripts" / "make_block_goldens.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    kept, made = json.loads((GOLDENS / "blocks" / f"{name}.json").read_text("utf-8")), script.golden(name)
+    assert {key: made[key] for key in ("tensors", "x")} == {key: kept[key] for key in ("tensors", "x")}
+    torch.testing.assert_close(from_golden(made["y"]), from_golden(kept["y"]), rtol=1e-5, atol=1e-6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,14 @@ _LATENT_GLM = {k: v for k, v in _GLM.items() if k != "first_k_dense_replace"} | 
 _QWEN = _BASE | {"num_experts": 8, "norm_topk_prob": True}
 _GATED = _QWEN | _LINEAR | {"shared_expert_intermediate_size": 32}
 _LOCAL = {k: v for k, v in _BASE.items() if k != "moe_intermediate_size"} | {"num_local_experts": 8}
+_M3 = _LOCAL | {"n_shared_experts": 1, "shared_intermediate_size": 96, "moe_layer_freq": [0, 1, 1]}
 _LLAMA = _LOCAL | {"interleave_moe_layer_step": 1, "intermediate_size_mlp": 128, "num_experts_per_tok": 2}
 _VISION = {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
 _KIMI_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 _LLAMA_VISION = _KIMI_VISION | {"intermediate_size": 128, "vision_output_dim": 32}
 _LLAMA_VISION |= {"projector_input_dim": 32, "projector_output_dim": 32}
+_DEEP = {"deepstack_visual_indexes": [0]}
+_LONG_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 _SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
 
 
@@ -68,6 +71,12 @@ class Tiny:
     moe_layers: tuple[int, ...] = (1, 2)
     fuses: bool = False
     """Whether its shared expert can fill slots: it has one, as wide as they are and computed as they are."""
+    layouts: tuple[str, ...] = ("published", "stacked")
+    """Experts as their authors name them, or as transformers has them in memory."""
+    published: Mapping[str, Any] = field(default_factory=dict)
+    """What the authors' config.json says otherwise than transformers' class."""
+    renamed: tuple[str, str] | None = None
+    """A part of tensor names that the authors spell otherwise: ``(".blocks.", ".layers.")``."""
 
 
 def _wrapped(text_type: str, text: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +88,23 @@ MODELS: Mapping[str, Tiny] = {
     "DeepSeek-V2": Tiny(family="deepseek_v2", model_type="deepseek_v2", config=_V2, fuses=True),
     "DeepSeek-V3": Tiny(family="deepseek_v3", model_type="deepseek_v3", config=_V3, fuses=True),
     "DeepSeek-V3.2": Tiny(family="deepseek_v32", model_type="deepseek_v32", config=_V3, fuses=True),
+    "Kimi-K2": Tiny(
+        family="kimi_k2",
+        model_type="deepseek_v3",
+        config=_V3 | {"n_group": 1, "topk_group": 1},
+        fuses=True,
+        layouts=("published",),
+        published={"model_type": "kimi_k2"},
+    ),
     "Kimi-K2.5": Tiny(
+        family="kimi_k25",
+        model_type="kimi_k25",
+        config=_wrapped("deepseek_v3", _V3, _KIMI_VISION),
+        fuses=True,
+        published={"architectures": ["KimiK25ForConditionalGeneration"]},
+        renamed=(".blocks.", ".layers."),
+    ),
+    "Kimi-K2.5 resaved": Tiny(
         family="kimi_k25", model_type="kimi_k25", config=_wrapped("deepseek_v3", _V3, _KIMI_VISION), fuses=True
     ),
     "GLM-4.5": Tiny(family="glm4_moe", model_type="glm4_moe", config=_GLM, fuses=True),
@@ -111,8 +136,21 @@ MODELS: Mapping[str, Tiny] = {
         moe_layers=ALL,
         fuses=True,
     ),
+    "Qwen3-VL-MoE": Tiny(
+        family="qwen3_vl_moe",
+        model_type="qwen3_vl_moe",
+        config=_wrapped("qwen3_vl_moe_text", _QWEN | {"rope_parameters": _LONG_SECTIONS}, _VISION | _DEEP),
+        moe_layers=ALL,
+    ),
     "Mixtral": Tiny(family="mixtral", model_type="mixtral", config=_LOCAL, moe_layers=ALL),
     "MiniMax-M2": Tiny(family="minimax_m2", model_type="minimax_m2", config=_LOCAL, moe_layers=ALL),
+    "MiniMax-M3": Tiny(
+        family="minimax_m3",
+        model_type="minimax_m3_vl",
+        config=_wrapped("minimax_m3_vl_text", _M3, _KIMI_VISION),
+        fuses=True,
+        layouts=("published",),  # in memory gate and up of the shared expert are one too
+    ),
     "gpt-oss": Tiny(
         family="gpt_oss",
         model_type="gpt_oss",
