@@ -92,10 +92,9 @@ def test_every_signature_loads(copied: Callable[..., Path], name: str, number: i
     folder = copied(**recipe(name))
     usual = {f"w13_{p.name}" for p in layout_of(shipped().formats[name]).parts}
     rewrite(folder, lambda tensors: converted(tensors, name, number, scale))
-    for on in (False, True):
-        plan, _ = verified(folder, on=on)
-        assert plan.layers[0].format == name
-        assert {p.name.rpartition(".")[2] for p in plan.layers[0].params} >= usual
+    plan, _ = verified(folder, on=True)
+    assert plan.layers[0].format == name
+    assert {p.name.rpartition(".")[2] for p in plan.layers[0].params} >= usual
 
 
 def test_an_expert_by_another_signature_is_refused(copied: Callable[..., Path]) -> None:
