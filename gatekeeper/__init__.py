@@ -7,7 +7,7 @@ from gatekeeper.decision import Decision, Decisions, LayerDecision, Outcome, ran
 from gatekeeper.errors import CheckpointError, FactError, Fault, GatekeeperError, RefusedError, RuleError
 from gatekeeper.facts import Facts, Runner, from_record
 from gatekeeper.families import Family
-from gatekeeper.formats import Format, PartSpec, Signature, Storage
+from gatekeeper.formats import Format, PartSpec, Signature, Storage, Term
 from gatekeeper.lean import CompiledFeature
 from gatekeeper.load import load_rules, parse_rule_set
 from gatekeeper.moe_tensors import MoeTensors, find_moe_layers
@@ -42,6 +42,7 @@ __all__ = [
     "Signature",
     "Storage",
     "TensorInfo",
+    "Term",
     "Value",
     "Values",
     "View",

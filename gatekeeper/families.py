@@ -64,6 +64,10 @@ class Names:
         names = self.shared_projections.values() if self.shared else ()
         return tuple(f"{block}.{self.shared.format(projection=name)}" for name in names)
 
+    def announced_stack(self, block: str) -> str:
+        """The module that config.json may name for all routed experts; none where they are usually one by one."""
+        return self.stacked_module(block) if self.stacked and (self.stacked.usual or not self.routed) else ""
+
     def stacked_module(self, block: str) -> str:
         """The module that holds all routed experts in one, where the family may have them so."""
         return f"{block}.{self.stacked.module}" if self.stacked else ""

@@ -47,6 +47,8 @@ class Stacking:
     """Whether the last two axes are swapped: in all parts, or in those with these suffixes; None: see `settled`."""
     interleaved: bool = False
     """Whether the rows of gate and up take turns in ``gate_up``, gate first."""
+    usual: bool = False
+    """Whether its authors publish them so; else it is how they are saved again, and config.json announces them singly."""
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Stacking:
@@ -58,6 +60,7 @@ class Stacking:
             names=MappingProxyType({kind: data[kind] for kind in KINDS if kind in data}),
             transposed=frozenset(transposed) if isinstance(transposed, list | tuple) else transposed,
             interleaved=data.get("interleaved", False),
+            usual=data.get("usual", False),
         )
 
     def settled(self, shapes: Mapping[str, tuple[int, ...]]) -> Stacking:

@@ -68,6 +68,8 @@ class _LayerPlanner:
         self.index, self.family, self.layer, self.w = index, family, layer, widths
         self.fused_slots, self.router_bias, self.backend = fused_slots, router_bias, backend
         self.formats = formats
+        # A shared expert without the gate that its family has would weigh 1 for every token, in silence.
+        self.has_shared_gate = bool(family.names.shared_gate) and bool(widths.n_shared or fused_slots)
         self.faults: list[PlanFault] = []
         self.placements: list[Placement] = []
         self.notes: list[ShapeNote] = []
@@ -105,7 +107,7 @@ class _LayerPlanner:
             width=self.w.width,
             shared_width=self.w.shared_width,
             router_bias=self.router_bias is not None,
-            shared_gate=self.layer.shared_gate is not None,
+            shared_gate=self.has_shared_gate,
             params=tuple(self.params),
             placements=tuple(self.placements),
             notes=tuple(self.notes),
@@ -121,8 +123,8 @@ class _LayerPlanner:
         if self.router_bias is not None:
             fallback = f"{self.layer.name}.{names.router_bias}"
             self._whole(self.router_bias, self.layer.router_bias, fallback, (e,))
-        if self.layer.shared_gate is not None:
-            self._whole("shared_gate.weight", self.layer.shared_gate, "", (1, d))
+        if self.has_shared_gate:
+            self._whole("shared_gate.weight", self.layer.shared_gate, f"{self.layer.name}.{names.shared_gate}", (1, d))
 
     def _whole(self, name: str, info: TensorInfo | None, fallback: str, shape: tuple[int, ...]) -> None:
         """A parameter that one tensor fills, in whatever floating-point dtype it has."""
@@ -176,11 +178,9 @@ class _LayerPlanner:
         f, d, suffix = self.w.width, self.w.hidden_size, self.family.names.expert_bias
         found = [self.layer.expert_bias(expert) for expert in range(self.w.n_routed)] if suffix else []
         dtypes = Counter(info.dtype for biases in found for info in biases.values())
-        if not dtypes:
-            return
-        dtype = dtypes.most_common(1)[0][0]
+        dtype = max(dtypes, key=lambda each: dtypes[each], default="")
         for name, size in (("w13_bias", 2 * f), ("w2_bias", d)):
-            if DTYPES.get(dtype) is not None:
+            if dtype in DTYPES:
                 param = self._param(f"experts.{name}")
                 self.params.append(ParamSpec(name=param, shape=(n_slots, size), dtype=DTYPES[dtype]))
         for expert, biases in enumerate(found):

@@ -66,7 +66,10 @@ def test_a_preset_tells_the_platform_and_settings_beat_it() -> None:
     [
         ({"model.n_routed_experts": 256}, "is read from the checkpoint and can't be set"),
         ({"layer.index": 3}, "is read from the checkpoint"),
-        ({"parallel.moe_tp_size": 3}, "is derived and can't be given; give `parallel.ep_size`, `parallel.tp_size`"),
+        (
+            {"parallel.moe_tp_size": 3},
+            "is derived and can't be set; set what it is derived from: `parallel.ep_size`, `parallel.tp_size`",
+        ),
         ({"moe.shard_width": 3}, "can't be set; set what it is derived from"),
         ({"parallel.tp": 3}, "unknown fact `parallel.tp`"),
         ({"parallel.tp_size": 0}, "expected 1 or more, not `0` (from --set parallel.tp_size)"),

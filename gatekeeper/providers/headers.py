@@ -80,15 +80,21 @@ def _layer(one: MoeTensors, reader: LayerReader, recognised: _Recogniser, config
     names = reader.family.names
     witness = _witness(one.routed or (one.stacked,))
     _same_count(one, reader.values, config)
-    experts = range(len(one.routed)) if len(reader.experts) > len(one.routed) else reader.experts
+    is_stack = bool(one.stacked) and not one.routed
+    experts = reader.experts if is_stack or len(reader.experts) <= len(one.routed) else range(len(one.routed))
     layer: Layer = {
         "layer.index": Reading(one.index, witness),
         "layer.name": Reading(one.name, witness),
         "layer.role": Reading(one.role, witness),
-        **reader.group("routed", names.routed_modules(one.name, experts), names.stacked_module(one.name)),
+        # A stack may be listed by its own name or by those of all its experts.
+        **reader.group(
+            "routed",
+            names.routed_modules(one.name, experts),
+            names.stacked_module(one.name) if is_stack else "",
+        ),
         **reader.group("shared", names.shared_modules(one.name) if one.shared else ()),
     }
-    stored = {"routed": recognised.stacked(one) if one.stacked and not one.routed else recognised.routed(one)}
+    stored = {"routed": recognised.stacked(one) if is_stack else recognised.routed(one)}
     if one.shared:
         stored["shared"] = recognised.shared(one)
     for kind, reading in stored.items():
@@ -132,10 +138,10 @@ def _field(reading: Reading, name: str) -> object:
 
 def _same_count(layer: MoeTensors, values: Values, config: ConfigFile) -> None:
     count = values.get("model.n_routed_experts", UNKNOWN)
-    if isinstance(count, int) and len(layer.routed) > count:
+    if isinstance(count, int) and layer.n_experts > count:
         raise FactError(
-            f"layer {layer.index}: {_witness(layer.routed[count:])} is of one expert more than the {count} that "
-            f"{config.name} announces; one of the two is of another checkpoint"
+            f"layer {layer.index}: {_witness(layer.routed[count:] or (layer.stacked,))} makes {layer.n_experts} experts, "
+            f"but {config.name} announces {count}; one of the two is of another checkpoint"
         )
 
 

@@ -163,7 +163,7 @@ class LayerReader:
             "layer.index": Reading(index, witness),
             "layer.name": Reading(block, witness),
             "layer.role": Reading(role, witness),
-            **self.group("routed", names.routed_modules(block, self.experts), names.stacked_module(block)),
+            **self.group("routed", names.routed_modules(block, self.experts), names.announced_stack(block)),
             **self.group("shared", shared),
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import lcm
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -43,6 +43,22 @@ class Part:
     """What it is called in memory, the same for all signatures of a format: ``weight_scale_inv``."""
     dtype: torch.dtype
     """dtype in this checkpoint and in memory, the same by intention: ``torch.int32``."""
+    rows_per_item: int | None
+    """Rows (output features) that one stored row covers: 128 for the scales of 128 x 128 blocks; None: all rows."""
+    columns_per_item: int | None
+    """Columns (input features) that one stored column covers: 8 for int4 packed in int32; None: all columns."""
+
+    @classmethod
+    def of(cls, spec: PartSpec, name: str, dtype: torch.dtype) -> Self:
+        """The part that `spec` describes, called `name` in memory."""
+        per_item = {term.axis: term.by for term in spec.shapes[0]}
+        return cls(
+            spec=spec,
+            name=name,
+            dtype=dtype,
+            rows_per_item=per_item.get("out"),
+            columns_per_item=per_item.get("in"),
+        )
 
     @property
     def role(self) -> str:
@@ -53,19 +69,6 @@ class Part:
     def suffix(self) -> str:
         """What follows the projection's name in this checkpoint: ``weight_scale``."""
         return self.spec.suffix
-
-    @property
-    def rows_per_item(self) -> int | None:
-        """Rows (output features) that one stored row covers: 128 for the scales of 128 x 128 blocks; None: all rows."""
-        return self._per_item("out")
-
-    @property
-    def columns_per_item(self) -> int | None:
-        """Columns (input features) that one stored column covers: 8 for int4 packed in int32; None: all columns."""
-        return self._per_item("in")
-
-    def _per_item(self, axis: str) -> int | None:
-        return next((term.by for term in self.spec.shapes[0] if term.axis == axis), None)
 
     def fits(self, shape: tuple[int, ...], rows: int, columns: int) -> bool:
         """Whether the checkpoint may have this shape for a weight of ``(rows, columns)``."""

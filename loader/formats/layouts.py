@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-from gatekeeper import Format, PartSpec, Signature, TensorInfo
+from gatekeeper import Format, PartSpec, Signature, TensorInfo, Term
 from loader.checkpoint import DTYPES
 from loader.formats import (
     bf16,
@@ -44,11 +44,7 @@ def layout_of(known: Format, signature: Signature | None = None, found: Projecti
     signature, found = signature or known.signatures[0], found or {}
     first = {part.role: part.suffix for part in known.signatures[0].parts}
     parts = {
-        spec.role: Part(
-            spec=spec,
-            name=first.get(spec.role, spec.suffix),
-            dtype=DTYPES[_dtype(spec, found)],
-        )
+        spec.role: Part.of(spec, first.get(spec.role, spec.suffix), DTYPES[_dtype(spec, found)])
         for spec in signature.parts
     }
     weight_format = FORMATS[known.name]
@@ -90,7 +86,29 @@ def match_layout(known: Mapping[str, Format], projections: Iterable[Projection])
 
 
 def _signatures(known: Mapping[str, Format]) -> list[tuple[Format, Signature]]:
-    return [(known[name], signature) for name in FORMATS if name in known for signature in known[name].signatures]
+    """All that this loader can read of the formats of a rule set, which may be other than the shipped ones."""
+    return [
+        (known[name], signature)
+        for name in FORMATS
+        if name in known
+        for signature in known[name].signatures
+        if _is_readable(FORMATS[name], signature)
+    ]
+
+
+def _is_readable(weight_format: WeightFormat, signature: Signature) -> bool:
+    parts = {part.role: part for part in signature.parts}
+    return (
+        parts.keys() >= set(weight_format.roles)
+        and all(dtype in DTYPES for part in signature.parts for dtype in part.dtypes)
+        and all(_is_matrix(shape) for role in weight_format.roles for shape in parts[role].shapes)
+    )
+
+
+def _is_matrix(shape: Sequence[Term]) -> bool:
+    """Rows, then columns, either of which may be one or left out: a transposed square would be read in silence."""
+    places = zip(shape, ("out", "in"), strict=False)
+    return len(shape) <= 2 and all(term.axis == axis or (not term.axis and term.by == 1) for term, axis in places)
 
 
 def _nearest(known: Mapping[str, Format], projection: Projection) -> Layout | None:

@@ -132,6 +132,11 @@ def named_after(which: Family, *, experts: int = 4, hidden: int = 64, width: int
             tensor(f"{module}.weight", "BF16", (hidden, width) if module.endswith(down) else (width, hidden))
             for module in modules
         ]
+        if names.expert_bias:
+            found += [
+                tensor(f"{module}.{names.expert_bias}", "BF16", (hidden if module.endswith(down) else width,))
+                for module in names.routed_modules(block, range(experts))
+            ]
     return {info.name: info for info in found}
 
 

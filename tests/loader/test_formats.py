@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gatekeeper import TensorInfo
+from gatekeeper import Format, TensorInfo
 from loader.checkpoint import DTYPES
 from loader.formats import FORMATS, Layout, StraddleError, dequantize_stacked, layout_of, match_layout
 from loader.formats.fp8_block import BLOCK
@@ -341,3 +341,36 @@ def test_a_part_that_is_missing_everywhere_leaves_the_format_known(name: str) ->
         if name != "fp8_tensor":  # its weight and input_scale alone could be of a scale to each row as well
             found = match_layout(shipped().formats, [{s: i for s, i in whole.items() if s != suffix}])
             assert found is not None and found.name == name
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{"role": "weight", "suffix": "w", "dtype": ["F8_E4M3"], "shape": ["out", "in"]}],
+        [
+            {"role": "weight", "suffix": "w", "dtype": ["F8_E4M3"], "shape": ["in", "out"]},
+            {"role": "scale", "suffix": "s", "dtype": ["F32"], "shape": ["out", 1]},
+        ],
+        [
+            {"role": "weight", "suffix": "w", "dtype": ["F8_E4M3"], "shape": ["out", "in"]},
+            {"role": "scale", "suffix": "s", "dtype": ["F32"], "shape": [1, "out"]},
+        ],
+        [
+            {"role": "weight", "suffix": "w", "dtype": ["F8_E4M3FNUZ"], "shape": ["out", "in"]},
+            {"role": "scale", "suffix": "s", "dtype": ["F32"], "shape": ["out", 1]},
+        ],
+    ],
+    ids=["no scale", "transposed", "scale in a row", "dtype"],
+)
+def test_a_signature_that_this_loader_can_not_read_is_not_read(parts: list[dict[str, Any]]) -> None:
+    """A rule set of someone else's may teach the gatekeeper more than the arithmetic here allows."""
+    known = {"fp8_channel": Format.parse({"format": "fp8_channel", "doc": "Odd.", "signatures": [{"parts": parts}]})}
+    shape = {"w": (32, 32), "s": (1, 32) if parts[-1]["shape"][0] == 1 else (32, 1)}
+    found = {
+        one["suffix"]: TensorInfo(
+            name=one["suffix"], dtype=one["dtype"][0], shape=shape[one["suffix"]], shard="x", start=0, end=0
+        )
+        for one in parts
+    }
+    assert match_layout(known, [found]) is None
+    assert match_layout({}, [found]) is None

@@ -13,6 +13,7 @@ from gatekeeper import CheckpointError, TensorInfo
 from loader import Plan, PlanError, build_plan
 from loader.accounts import Ledger
 from loader.build import assemble
+from loader.formats import FORMATS
 from tests.loader.fakes import decided, facts_of, family, index_of, layout, named_after, shipped, tensor
 
 SHARED = "model.layers.{}.mlp.shared_experts.{}_proj.{}"
@@ -210,6 +211,14 @@ def test_the_router_needs_its_bias() -> None:
     assert "router.e_score_correction_bias is never written" in str(faults(tensors))
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+def test_a_shared_expert_needs_the_gate_that_its_family_has(fused: bool) -> None:
+    which = dataclasses.replace(family("qwen2_moe"), moe_layer=family("deepseek_v3").moe_layer)
+    tensors = {n: i for n, i in named_after(which).items() if not n.endswith("1.mlp.shared_expert_gate.weight")}
+    with pytest.raises(PlanError, match=r"shared_gate\.weight is never written: no tensor"):
+        build_plan(index_of(tensors), which, facts_of(), decided([1, 2] if fused else []), shipped().formats)
+
+
 def test_what_the_loader_cannot_compute_is_refused_before_planning() -> None:
     for model, word in (
         ({"scoring_func": "sqrtsoftplus"}, "sqrtsoftplus"),
@@ -328,7 +337,7 @@ def test_hostile_counts_are_refused_before_anything_is_done_that_often() -> None
 
 layouts = st.fixed_dictionaries(
     {
-        "routed": st.sampled_from(["bf16", "fp16", "int4_g32", "mxfp4", "fp8_block"]),
+        "routed": st.sampled_from(sorted(FORMATS)),
         "experts": st.integers(2, 5),
         "width": st.sampled_from([32, 64]),
         "hidden": st.sampled_from([32, 64, 96]),
@@ -370,7 +379,7 @@ def test_any_one_tensor_deleted_doubled_or_renamed_is_named(
         del changed[name]
         changed[f"{name}_x"] = dataclasses.replace(info, name=f"{name}_x")
     elif action == "reshape":
-        changed[name] = dataclasses.replace(info, shape=(*info.shape[:-1], info.shape[-1] + 1))
+        changed[name] = dataclasses.replace(info, shape=(*info.shape[:-1], info.shape[-1] + 1) if info.shape else (2,))
     else:
         changed[name] = dataclasses.replace(info, dtype="C64")
     error = faults(changed, decisions, **model)

@@ -206,6 +206,14 @@ def test_a_bias_that_one_expert_lacks() -> None:
         plan(which, tensors)
 
 
+def test_biases_that_are_not_there() -> None:
+    """Without them the layer would run all the same."""
+    which = family("gpt_oss")
+    tensors = {name: info for name, info in stacked_after(which).items() if not name.endswith("_proj_bias")}
+    with pytest.raises(PlanError, match="slot 0 of w13_bias: no tensor"):
+        plan(which, tensors)
+
+
 def test_rows_that_take_turns_inside_of_a_block() -> None:
     which = family("gpt_oss")
     tensors = {n: i for n, i in stacked_after(which, hidden=128, width=128).items() if not n.endswith("_proj")}
