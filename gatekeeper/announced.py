@@ -34,8 +34,8 @@ def announced_index(
     """Every tensor of the MoE layers `layers` as config.json announces them; optional parts of a format are left out.
 
     `layers` are the facts `layer.*` of one runner, `values` those of the whole model. Experts are stacked in one tensor
-    where the family knows no other way, or swaps the axes of its stacks: other stacks are what transformers makes of a
-    release. Routers are in the model's dtype, correction biases in float32, as DeepSeek-V3's release has them. Raises
+    where the family knows no other way, or usually does so and nobody quantized them: quantizers take experts one by one,
+    but for a format of the family's own. Routers are in the model's dtype, correction biases in float32, as DeepSeek-V3's release has them. Raises
     `CheckpointError` where the config does not say how a layer's experts are stored, or how many there are.
     """
     experts = values.get("model.n_routed_experts")
@@ -65,7 +65,7 @@ class _Layer:
         """Of the experts, the router and the shared expert."""
         names, stacking = self.family.names, self.family.names.stacked
         experts, hidden = (self._count(name) for name in ("n_routed_experts", "hidden_size"))
-        if stacking is not None and (stacking.transposed or not names.routed):
+        if stacking is not None and self._is_stacked(stacking):
             yield from self._stacked(stacking, experts)
         else:
             yield from self._one_by_one(experts)
@@ -83,6 +83,13 @@ class _Layer:
                 yield self._info(f"{names.shared.format(projection=name)}.{suffix}", dtype, shape)
         if names.shared_gate:
             yield self._info(names.shared_gate, self.dtype, (1, hidden))
+
+    def _is_stacked(self, stacking: Stacking) -> bool:
+        if not self.family.names.routed:
+            return True
+        one = self.formats[self._storage("routed")["format"]]
+        of_family = self.family.name in one.signature_of(self.family.name, self.method).written_by
+        return stacking.usual and (not one.quantized or of_family)
 
     def _one_by_one(self, experts: int) -> Iterator[TensorInfo]:
         names, storage = self.family.names, self._storage("routed")

@@ -248,7 +248,9 @@ def test_another_width_than_the_config_announces(tmp_path: Path) -> None:
 def test_more_experts_than_the_config_announces(tmp_path: Path) -> None:
     prefix = f"model.layers.4.mlp.experts.{E}"
     more = {f"{prefix}.{p}_proj.weight": ("F8_E4M3", (F, D)) for p in ("gate", "up")}
-    with pytest.raises(FactError, match=rf"layer 4: .*experts\.{E}\.gate_proj.weight makes 5 experts, but config.json announces 4"):
+    with pytest.raises(
+        FactError, match=rf"layer 4: .*experts\.{E}\.gate_proj.weight makes 5 experts, but config.json announces 4"
+    ):
         v3(tmp_path, more)
 
 

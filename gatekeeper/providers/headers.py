@@ -140,8 +140,8 @@ def _same_count(layer: MoeTensors, values: Values, config: ConfigFile) -> None:
     count = values.get("model.n_routed_experts", UNKNOWN)
     if isinstance(count, int) and layer.n_experts > count:
         raise FactError(
-            f"layer {layer.index}: {_witness(layer.routed[count:] or (layer.stacked,))} makes {layer.n_experts} experts, "
-            f"but {config.name} announces {count}; one of the two is of another checkpoint"
+            f"layer {layer.index}: {_witness(layer.routed[count:] or (layer.stacked,))} makes {layer.n_experts} "
+            f"experts, but {config.name} announces {count}; one of the two is of another checkpoint"
         )
 
 
