@@ -34,9 +34,10 @@ def announced_index(
     """Every tensor of the MoE layers `layers` as config.json announces them; optional parts of a format are left out.
 
     `layers` are the facts `layer.*` of one runner, `values` those of the whole model. Experts are stacked in one tensor
-    where the family knows no other way, or usually does so and nobody quantized them: quantizers take experts one by one,
-    but for a format of the family's own. Routers are in the model's dtype, correction biases in float32, as DeepSeek-V3's release has them. Raises
-    `CheckpointError` where the config does not say how a layer's experts are stored, or how many there are.
+    where the family knows no other way, or usually does so and nobody quantized them: quantizers take experts one by
+    one, but for a format of the family's own. Routers are in the model's dtype, correction biases in float32, as
+    DeepSeek-V3's release has them. Raises `CheckpointError` where the config does not say how a layer's experts are
+    stored, or how many there are.
     """
     experts = values.get("model.n_routed_experts")
     if isinstance(experts, int) and experts * len(layers) > MAX_EXPERTS:

@@ -243,6 +243,7 @@ def test_the_commands_json_fits_its_schema(made: Callable[..., Path], tmp_path: 
     folder = made(family="deepseek_v3", format_name="fp8_block", experts=16)
     for arguments in (
         (folder, "--tensors"),
+        (CORPUS / "openai__gpt-oss-120b" / "config.json", "--tensors"),
         (folder / "config.json", "--memory", "1GiB"),
         (folder, "--platform", "h200", "--set", "parallel.tp_size=3"),
         (shrunk("moonshotai__Kimi-K2.5", tmp_path), "--memory", "10MB"),
