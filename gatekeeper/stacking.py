@@ -48,7 +48,7 @@ class Stacking:
     interleaved: bool = False
     """Whether the rows of gate and up take turns in ``gate_up``, gate first."""
     usual: bool = False
-    """Whether its authors publish them so; else it is how they are saved again, and config.json announces them singly."""
+    """Whether its authors publish them so; else they may be saved so again, and config.json announces single ones."""
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Stacking:
