@@ -1,5 +1,6 @@
 """Decide which model-load features may be on, from rules that are data, and say why."""
 
+from gatekeeper.announced import announced_index
 from gatekeeper.checkpoint import Index, TensorInfo, read_index
 from gatekeeper.decide import decide
 from gatekeeper.decision import Decision, Decisions, LayerDecision, Outcome, ranges
@@ -45,6 +46,7 @@ __all__ = [
     "Value",
     "Values",
     "View",
+    "announced_index",
     "decide",
     "find_moe_layers",
     "from_record",

@@ -78,6 +78,8 @@ class Signature:
     """One way in which a format's parts are named; the first part is the weight, from whose shape out and in follow."""
 
     parts: tuple[PartSpec, ...]
+    written_by: frozenset[str] = frozenset()
+    """Quantization methods, and families with names of their own, whose checkpoints have it: `quark`, `deepseek_v4`."""
 
     def sizes(self, tensors: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
         """`(out, in)` of the projection that these tensors (suffix to tensor) store; None if they don't fit."""
@@ -120,7 +122,10 @@ class Format:
         else:
             data = document
         try:
-            signatures = tuple(Signature(parts=tuple(map(_part, one["parts"]))) for one in data["signatures"])
+            signatures = tuple(
+                Signature(parts=tuple(map(_part, one["parts"])), written_by=frozenset(one.get("written_by", ())))
+                for one in data["signatures"]
+            )
         except ValueError as error:
             raise RuleError([Fault("bad-format", str(error), Where(file))]) from None
         block = data.get("block")
@@ -132,6 +137,11 @@ class Format:
             quantized=data.get("quantized", True),
             signatures=signatures,
         )
+
+    def signature_of(self, family: str, method: str) -> Signature:
+        """The signature that a family's checkpoints have, else those of a quantization method, else the first."""
+        named = (one for name in (family, method) for one in self.signatures if name in one.written_by)
+        return next(named, self.signatures[0])
 
 
 def _part(raw: Mapping[str, Any]) -> PartSpec:

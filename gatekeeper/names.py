@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import comb
 from typing import Literal, TypeAlias
@@ -21,8 +21,22 @@ Excluded: TypeAlias = bool | Literal["partly"]
 WRAPPERS = ("language_model.model.", "model.language_model.", "language_model.", "model.", "")
 """Prefixes of one and the same module: the class tree, the checkpoint and the quantizer each choose theirs."""
 
-FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "w13": ("w1", "w3"), "qkv_proj": ("q_proj", "k_proj", "v_proj")}
-"""Modules that engines fuse and checkpoints keep apart; lists name the parts."""
+FUSED = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "w13": ("w1", "w3"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "index_qkv_proj": ("index_q_proj", "index_k_proj", "index_v_proj"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+}
+"""Modules that engines fuse and checkpoints keep apart (`packed_modules_mapping` of vLLM and SGLang)."""
+WHOLES: Mapping[str, tuple[str, ...]] = {
+    part: tuple(whole for whole, parts in FUSED.items() if part in parts)
+    for part in sorted({part for parts in FUSED.values() for part in parts})
+}
+"""The same, from a part to the modules that it may be fused into."""
 
 MAX_PATTERN = 500
 MAX_REPEATS = 4
@@ -35,23 +49,31 @@ MAX_STEPS = 5_000_000
 
 _WILD = re.compile(r"[*?\[]")
 _BEGINNING = re.compile(rf"[^*?\[]{{1,{MAX_PATTERN - 1}}}\*")
+_TRANSLATED = re.compile(r"\(\?>\.\*\?[\w.]+\)")
+"""A star of a glob that `fnmatch.translate` made an expression of (Quark does, for vLLM): no cost, it is atomic."""
+_NEW_END = re.compile(r"\\z$")
+"""How Python 3.14 writes `\\Z`; older ones don't know it."""
 
 
 def covers(method: str, patterns: Sequence[str], name: str) -> bool:
     """Say whether the list `patterns`, written by the quantizer `method`, covers the module `name`.
 
-    `name` is tried with each wrapper prefix, and un-fused where it is a fused name (then all its parts must be
-    covered). Raises `FactError` for a `re:` pattern that is broken or could take for ever.
+    `name` is tried with each wrapper prefix; a fused name is covered where it is listed or all its parts are, and a
+    part where its fused name is listed. Raises `FactError` for a `re:` pattern that is broken or could take for ever.
     """
     return matcher(method, tuple(patterns))(name)
 
 
-def excluded(test: Test, names: Iterable[str]) -> Excluded:
+def excluded(test: Test, names: Iterable[str], exists: Test | None = None) -> Excluded:
     """Say whether a list covers all, none or some (`partly`) of a group of modules; an empty group is not covered.
 
-    `test` is the list's `matcher`.
+    `test` is the list's `matcher`. Name the modules of the checkpoint: a list that names every expert's projections
+    says nothing about `mlp.experts` (vllm-project/vllm#48226). A fused name that is not listed itself stands for its
+    parts, of which those that don't `exists` have no say (MiniMax-M3 has no `index_v_proj` from layer 3 on,
+    sgl-project/sglang#32904).
     """
-    found = {test(name) for name in names}
+    modules = [one for name in names for one in ((name,) if test(name) else unfused(name))]
+    found = {test(one) for one in modules if exists is None or exists(one)}
     return "partly" if len(found) == 2 else found == {True}
 
 
@@ -76,16 +98,22 @@ def matcher(method: str, patterns: tuple[str, ...]) -> Test:
     """Compile a list for many questions; see `covers`."""
     if not patterns:
         return lambda name: False
-    wild = sum(p.startswith("re:") or _WILD.search(p) is not None for p in patterns)
-    if wild > MAX_WILD:
-        raise FactError(f"{wild} patterns with wildcards in one list are more than {MAX_WILD}; name the modules")
+    _wild(patterns)
     rule = METHODS.get(canonical_method(method), _segments)(patterns)
+    text = "\n".join(patterns)
+    # Asked for thousands of parts: only where some fused name is in the list at all.
+    wholes = {part: listed for part, names in WHOLES.items() if (listed := [n for n in names if n in text])}
 
     def one(name: str) -> bool:
         return any(map(rule, spellings(name)))
 
     def test(name: str) -> bool:
-        return one(name) or (len(parts := unfused(name)) > 1 and all(map(one, parts)))
+        if one(name):
+            return True
+        parent, dot, last = name.rpartition(".")
+        if last in FUSED:
+            return all(one(parent + dot + part) for part in FUSED[last])
+        return last in wholes and any(one(parent + dot + whole) for whole in wholes[last])
 
     return test
 
@@ -97,25 +125,24 @@ def canonical_method(method: str) -> str:
 
 
 def _compressed_tensors(patterns: Sequence[str]) -> Test:
-    """`re:` is a prefix match (`re.match`), the rest are whole names, ends of names, or the class `Linear`.
+    """`re:` is a prefix match (`re.match`), the rest are whole names or the class `Linear`; there are no globs.
 
-    `_match_name` and `_match_class` in compressed_tensors/utils/match.py (0.12) and `should_ignore_layer` in vLLM's
-    compressed_tensors/utils.py; SGLang's takes the end of a dotted name too.
+    `match_name` and `_match_class` in compressed_tensors/utils/match.py (0.20.0), `should_ignore_layer` in vLLM's
+    compressed_tensors/utils.py. SGLang's takes any substring, in either case of letters; the writer did not.
     """
     regex = _any_regex(patterns)
     plain = frozenset(p for p in patterns if not p.startswith("re:"))
     if "Linear" in plain:
         return lambda name: True
-    # An end of a name can be one of the patterns only if it has as many dots.
-    dots = frozenset(p.count(".") for p in plain)
-    return lambda name: name in plain or regex(name) or not plain.isdisjoint(_ends(name, dots))
+    return lambda name: name in plain or regex(name)
 
 
 def _quark(patterns: Sequence[str]) -> Test:
     """`re:` is a prefix match, the rest are whole names or globs over the whole name, in which `*` crosses dots.
 
-    `should_ignore_layer` in vLLM's quark/utils.py (exact or `re.match`); Quark itself writes and reads globs with
-    fnmatch (`layer_quant_config` in vLLM's quark.py is read so as well).
+    Quark matches with fnmatch and never takes what is below a module along: `*.mlp.gate` leaves `*.mlp.gate.x`
+    (`QConfig` in quark/torch/quantization/config/config.py and `model_transformation.py`, 0.13). `re:` is of the
+    engines that read its lists: `should_ignore_layer` in vLLM's and SGLang's quark/utils.py, exact or `re.match`.
     """
     regex = _any_regex(patterns)
     plain, globs = _plain_and_globs(patterns)
@@ -126,9 +153,11 @@ def _quark(patterns: Sequence[str]) -> Test:
 def _modelopt(patterns: Sequence[str]) -> Test:
     """Globs in which `*` crosses dots, matched with the whole name or with one dotted part of it.
 
-    ModelOpt's export writes names and `prefix*` (modelopt/torch/export/quant_utils.py); `is_layer_excluded` in
-    SGLang's modelopt_quant.py reads them with fullmatch, on the parts too, `language_model.` stripped.
-    `layers.1*` therefore covers layer 10 too: who writes it means that, or writes `layers.1.*`.
+    ModelOpt writes names, `prefix*`, or `prefix` with `prefix.*`, and the first only where it takes no quantized module
+    along (`_prefix_wildcard_summarize_exclude_modules` in modelopt/torch/export/quant_utils.py, 0.47); `layers.1*`
+    therefore covers layer 10 too. vLLM reads with fnmatch; `is_layer_excluded` in SGLang's modelopt_quant.py with
+    fullmatch, on the parts too, `language_model.` stripped. Both take more of older exports: vLLM any substring,
+    SGLang a fused module of which one part is listed. What those leave out is plain in the headers.
     """
     plain, globs = _plain_and_globs(patterns)
     whole, part = _any_glob(globs), _any_glob([g for g in globs if "." not in g])
@@ -143,8 +172,9 @@ def _modelopt(patterns: Sequence[str]) -> Test:
 def _segments(patterns: Sequence[str]) -> Test:
     """A run of dotted segments, each a name or a glob of one segment, found anywhere in the name.
 
-    `_module_path_match` of SGLang's `is_layer_skipped` (PR 23467: `mlp.gate` is not `mlp.gate_up_proj`), and what
-    transformers' lists of `modules_to_not_convert` mean (`should_convert_module` in quantizers_utils.py).
+    `_module_path_match` of SGLang's `is_layer_skipped` (PR 23467: `mlp.gate` is not `mlp.gate_up_proj`). transformers'
+    `should_convert_module` (quantizers/quantizers_utils.py) takes an entry as a pattern that begins the name or as
+    characters that end it, and vLLM's `is_layer_skipped` as a whole name; a run of segments is what lists mean.
     """
     regex = _any_regex(patterns)
     written = [p.strip(".") for p in patterns if not p.startswith("re:") and p.strip(".")]
@@ -179,10 +209,22 @@ METHODS: dict[str, Callable[[Sequence[str]], Test]] = {
 """How each quantizer reads its list; every other method's list is transformers' `modules_to_not_convert`."""
 
 
-def first_match(method: str, patterns: Iterable[str], names: Iterable[str]) -> str | None:
-    """The first of `patterns` that covers one of `names`: for a table of schemes whose keys are patterns."""
-    names = tuple(names)
-    return next((p for p in patterns if any(map(matcher(method, (p,)), names))), None)
+def finder(method: str, patterns: Iterable[str]) -> Callable[[str], str | None]:
+    """For a table of schemes whose keys are patterns: the key of a module's row, None where it has none.
+
+    A row of the module's own name counts before rows of patterns, those in their order (`match_targets` of
+    compressed-tensors; `_exact_cfg` in Quark's model_transformation.py). Tables have a row for each expert, so names
+    are looked up.
+    """
+    keys = tuple(dict.fromkeys(patterns))
+    names = frozenset(keys)
+    rest = [(key, matcher(method, (key,))) for key in _wild(keys)]
+
+    def find(name: str) -> str | None:
+        own = next((spelling for spelling in spellings(name) if spelling in names), None)
+        return own if own is not None else next((key for key, test in rest if test(name)), None)
+
+    return find
 
 
 def glob(pattern: str) -> Test:
@@ -198,10 +240,12 @@ def glob(pattern: str) -> Test:
     return lambda name: compiled.fullmatch(name) is not None
 
 
-def _ends(name: str, dots: Iterable[int]) -> Iterable[str]:
-    """The ends of a dotted name that begin behind a dot, with these numbers of dots."""
-    segments = name.split(".")
-    return [".".join(segments[-count - 1 :]) for count in dots if count + 1 < len(segments)]
+def _wild(patterns: Iterable[str]) -> list[str]:
+    """The patterns with wildcards; raises `FactError` where they are too many for a list that a quantizer wrote."""
+    found = [p for p in patterns if p.startswith("re:") or _WILD.search(p)]
+    if len(found) > MAX_WILD:
+        raise FactError(f"{len(found)} patterns with wildcards in one list are more than {MAX_WILD}; name the modules")
+    return found
 
 
 def _plain_and_globs(patterns: Sequence[str]) -> tuple[frozenset[str], list[str]]:
@@ -234,8 +278,8 @@ def _glob_regex(pattern: str) -> re.Pattern[str]:
 def _any_regex(patterns: Sequence[str]) -> Test:
     """Whether one of the `re:` patterns matches the beginning of a text."""
     texts = [p.removeprefix("re:") for p in patterns if p.startswith("re:")]
-    if sum(comb(100 + sum(map(text.count, "*+{")), 100) for text in texts if len(text) <= MAX_PATTERN) > MAX_STEPS:
-        worst = max(texts, key=lambda text: sum(map(text.count, "*+{")))
+    if sum(comb(100 + _repeats(text), 100) for text in texts if len(text) <= MAX_PATTERN) > MAX_STEPS:
+        worst = max(texts, key=_repeats)
         _safe_regex(worst)  # has a better word for it, where it is bad by itself
         raise FactError(f"{len(texts)} patterns such as `re:{worst}` could take for ever together; write simpler ones")
     matches = [_safe_regex(text).match for text in texts]
@@ -250,6 +294,10 @@ def _any_regex(patterns: Sequence[str]) -> Test:
     return test
 
 
+def _repeats(text: str) -> int:
+    return sum(map(_TRANSLATED.sub("x", text).count, "*+{"))
+
+
 @lru_cache(maxsize=4096)
 def _safe_regex(text: str) -> re.Pattern[str]:
     """Compile a pattern from a config.json, which anybody may have written; raises `FactError`."""
@@ -261,7 +309,7 @@ def _safe_regex(text: str) -> re.Pattern[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # about a syntax that Python may have one day
-            return re.compile(text)
+            return re.compile(_NEW_END.sub(r"\\Z", text))
     except (re.error, RecursionError, OverflowError) as error:
         raise FactError(f"pattern `re:{text}` is no regular expression: {error}; correct the list") from None
 
@@ -271,6 +319,7 @@ def _costly(text: str) -> str:
     if re.search(r"\(\?[a-zA-Z-]*x|\(\?#", text):  # `(a+) +` repeats a repeat where blanks don't count
         return "blanks or comments that don't count"
     plain = re.sub(r"\\.", "x", text, flags=re.DOTALL)
+    plain = _TRANSLATED.sub("x", plain)
     plain = re.sub(r"\[\^?\]?[^\]]*\]", "x", plain)
     plain = re.sub(r"\(\?(?:[:=!]|<[=!]|P<\w+>|[a-z]+\)?)", "(", plain)
     unbounded = optional = 0

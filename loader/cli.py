@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -23,6 +23,9 @@ from gatekeeper import (
     open_target,
     runners_of,
 )
+
+if TYPE_CHECKING:
+    from loader.plan import Plan
 
 BAD_NEWS, INCOMPLETE = 1, 3
 F = TypeVar("F", bound=Callable[..., Any])
@@ -99,6 +102,7 @@ def _target(
 @group.command("plan", short_help="Show which tensor goes to which slot, and the bytes.")
 @target_options
 @click.option("--tensors", is_flag=True, help="List every placement, too.")
+@click.option("--memory", metavar="SIZE", help="Memory of one device, such as 80GiB; default: that of --platform.")
 @click.pass_context
 def plan_command(
     context: click.Context,
@@ -111,28 +115,64 @@ def plan_command(
     strict: bool,
     as_json: bool,
     tensors: bool,
+    memory: str | None,
 ) -> None:
-    """Decide and plan, reading nothing but headers."""
+    """Decide and plan, reading nothing but headers; CHECKPOINT may be a config.json alone.
+
+    Exit 1 where the planned weights do not fit the device, if its memory is known.
+    """
+    device_bytes = _memory(memory)
     target = _target(checkpoint, platform, settings, runner, rules_folder, overlays)
     decided = list(target.decided())
-    from loader.load import prepare  # torch takes a second: what can't be read is refused before
+    from loader.planning import plan_target  # torch takes a second: what can't be read is refused before
 
     answers: list[dict[str, Any]] = []
+    plans: list[Plan] = []
     pending = False
+    source = "--memory"
     for facts, decisions in decided:
         pending |= _is_pending(decisions)
-        prepared = prepare(checkpoint, decisions, target.rules, facts)
+        plan = plan_target(checkpoint, decisions, target.rules, facts)
+        plans.append(plan)
+        if device_bytes is None and isinstance(known := facts.values.get("platform.memory_bytes"), int):
+            device_bytes, source = known, facts.reading("platform.memory_bytes").witness
         if as_json:
-            answers.append(_answer(facts.runner, decisions) | {"plan": prepared.plan.as_json(tensors=tensors)})
+            answers.append(_answer(facts.runner, decisions) | {"plan": plan.as_json(tensors=tensors)})
             continue
-        _say(decisions, prepared.plan.lines())
-        if tensors:
-            for p in prepared.plan.placements:
-                slot = p.param if p.expert is None else f"{p.param}[{p.expert}]"
-                click.echo(f"  {slot} rows {p.rows[0]}:{p.rows[1]} <- {p.key}" + (f" {p.source}" if p.source else ""))
-    if as_json:
-        _print_json({"checkpoint": checkpoint, "runners": answers})
-    context.exit(INCOMPLETE if strict and pending else 0)
+        _say(decisions, plan.lines())
+        for p in plan.placements if tensors else ():
+            slot = p.param if p.expert is None else f"{p.param}[{p.expert}]"
+            click.echo(f"  {slot} rows {p.rows[0]}:{p.rows[1]} <- {p.key}" + (f" {p.source}" if p.source else ""))
+    context.exit(_fit(plans, device_bytes, source, checkpoint, answers if as_json else None, strict and pending))
+
+
+def _memory(text: str | None) -> int | None:
+    from loader.text import bytes_of
+
+    try:
+        return None if text is None else bytes_of(text)
+    except ValueError as error:
+        raise click.UsageError(f"--memory: {error}") from None
+
+
+def _fit(
+    plans: list[Plan],
+    device_bytes: int | None,
+    source: str,
+    checkpoint: str,
+    answers: list[dict[str, Any]] | None,
+    incomplete: bool,
+) -> int:
+    """Say whether the plans fit a device, print what is to be JSON, and return the exit code."""
+    from loader.fits import fit
+
+    found = None if device_bytes is None else fit(plans, device_bytes, source)
+    if answers is not None:
+        memory = None if found is None else found.as_json()
+        _print_json({"checkpoint": checkpoint, "runners": answers, "memory": memory})
+    elif found is not None:
+        click.echo("\n".join(found.lines()))
+    return BAD_NEWS if found is not None and not found.fits else INCOMPLETE if incomplete else 0
 
 
 @group.command("load", short_help="Load the layers, and compare them with the checkpoint.")
@@ -209,6 +249,33 @@ def make_checkpoint_command(out: Path, **options: Any) -> None:
     make_checkpoint(out, Recipe(**options))
     files = [path for path in out.iterdir() if path.is_file()]
     click.echo(f"wrote {out}: {len(files)} files, {human(sum(path.stat().st_size for path in files))}")
+
+
+@group.command("shrink", short_help="Write a small checkpoint of a real model from its config.json.")
+@click.argument("config", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--format", "routed", required=True, metavar="NAME", help="Storage of routed experts.")
+@click.option("--shared-format", "shared", required=True, metavar="NAME", help="Storage of shared experts.")
+@click.option("--draft-format", "draft", metavar="NAME", help="Of routed experts in draft layers, if another.")
+@click.option("--draft-shared-format", "draft_shared", metavar="NAME", help="Of shared experts there.")
+@click.option("--layers", default=2, show_default=True, help="MoE layers, the model's last ones.")
+@click.option("--experts", type=int, help="Routed experts; default: as many as it has, which gates ask for.")
+@click.option("--seed", default=0, show_default=True, help="The same seed makes the same bytes.")
+def shrink_command(
+    config: Path,
+    out: Path,
+    routed: str,
+    shared: str,
+    draft: str | None,
+    draft_shared: str | None,
+    **sizes: Any,
+) -> None:
+    """Write OUT, a new folder: names, layer numbers, lists and keys of CONFIG, few layers, tiny widths."""
+    from loader.shrink import Shrunk, shrink
+
+    drafts = (draft or routed, draft_shared or shared)
+    shrink(out, Shrunk(config=config, formats=(routed, shared), draft_formats=drafts, **sizes))
+    click.echo(f"wrote {out}")
 
 
 @group.command("demo", short_help="Three checkpoints from facts to verified layers, and SGLang's #25390 replayed.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,25 +16,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankBytes:
-    """Memory of one rank."""
+    """Memory of the fullest rank; all of it 0 where the experts can't be divided so."""
 
     tp_size: int
     """Ranks in all: 8."""
     ep_size: int
     """Groups of ranks that hold other experts: 1."""
-    nbytes: int | None
-    """The fullest rank; None where the experts can't be divided so."""
+    experts: int = 0
+    """Bytes of the stacked experts, shared ones in slots among them: 71345111040."""
+    shared: int = 0
+    """Bytes of shared experts on their own."""
+    routers: int = 0
+    """Bytes of routers, their biases and the gates of shared experts, which are on every rank."""
     note: str = ""
-    """Why not."""
+    """Why the experts can't be divided so; empty where they can."""
+
+    @property
+    def nbytes(self) -> int | None:
+        """Everything together; None where the experts can't be divided so."""
+        return None if self.note else self.experts + self.shared + self.routers
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {"tp_size": self.tp_size, "ep_size": self.ep_size, "bytes": self.nbytes, "note": self.note}
+        parts = {f"{name}_bytes": getattr(self, name) for name in ("experts", "shared", "routers")}
+        sizes = {"tp_size": self.tp_size, "ep_size": self.ep_size, "bytes": self.nbytes}
+        return sizes | (dict.fromkeys(parts) if self.note else parts) | {"note": self.note}
 
     def text(self) -> str:
         """For people."""
-        size = f"can't be divided: {self.note}" if self.nbytes is None else human(self.nbytes)
-        return f"on each rank of tp {self.tp_size}, ep {self.ep_size}: {size}"
+        where = f"on each rank of tp {self.tp_size}, ep {self.ep_size}: "
+        if self.nbytes is None:
+            return f"{where}can't be divided: {self.note}"
+        parts = (("experts", self.experts), ("shared experts", self.shared), ("routers", self.routers))
+        listed = ", ".join(f"{what} {human(size)}" for what, size in parts if size)
+        return f"{where}{human(self.nbytes)} ({listed})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +64,8 @@ class FusionCost:
     """Memory of the slots that shared experts fill."""
     extra_bytes_per_rank: int
     """What a rank holds more than with shared experts on their own: an expert-parallel rank keeps whole slots."""
+    unfused_bytes_per_rank: int
+    """What a rank would hold more, were the shared experts on their own in slots too; negative: less."""
     gemms_saved: int
     """GEMMs of a forward pass that need no launch of their own: two a layer."""
     launches_saved: int
@@ -60,7 +78,13 @@ class FusionCost:
     def text(self) -> str:
         """For people."""
         if not self.layers_fused:
-            return f"fusion: off in all {self.layers_separate} layers with a shared expert"
+            if not self.layers_separate:
+                return "fusion: no layer has a shared expert"
+            word = "less" if self.unfused_bytes_per_rank < 0 else "more"
+            return (
+                f"fusion: off in all {self.layers_separate} layers with a shared expert; in slots they would take "
+                f"{human(abs(self.unfused_bytes_per_rank))} {word} on each rank"
+            )
         return (
             f"fusion: in {self.layers_fused} of {self.layers_fused + self.layers_separate} layers saves "
             f"{self.gemms_saved} GEMMs and {self.launches_saved} launches of a forward pass; "
@@ -71,13 +95,16 @@ class FusionCost:
 def fusion_cost(layers: Sequence[LayerPlan], tp_size: int, ep_size: int) -> FusionCost:
     """Count over `layers`; with expert parallelism, slots are on every rank in full, a separate expert is cut by tp."""
     fused = [layer for layer in layers if layer.shared == "slot"]
+    separate = [layer for layer in layers if layer.shared == "separate"]
     slot_bytes = sum(layer.n_shared * _slot_bytes(layer) for layer in fused)
-    moe_tp = tp_size // ep_size
+    moe_tp = max(1, tp_size // ep_size)
     return FusionCost(
         layers_fused=len(fused),
-        layers_separate=sum(layer.shared == "separate" for layer in layers),
+        layers_separate=len(separate),
         slot_bytes=slot_bytes,
         extra_bytes_per_rank=slot_bytes // moe_tp - slot_bytes // tp_size,
+        unfused_bytes_per_rank=sum(layer.n_shared * _slot_bytes(layer) for layer in separate) // moe_tp
+        - sum(layer.part_bytes("shared") for layer in separate) // tp_size,
         gemms_saved=2 * len(fused),
         launches_saved=4 * len(fused),
     )
@@ -87,9 +114,13 @@ def rank_bytes(layers: Sequence[LayerPlan], tp_size: int, ep_size: int) -> RankB
     """Memory of a rank: experts divided by ep, widths by tp / ep; router and norms are on every rank."""
     why = _indivisible(layers, tp_size, ep_size)
     if why:
-        return RankBytes(tp_size=tp_size, ep_size=ep_size, nbytes=None, note=why)
-    nbytes = sum(_rank_share(layer, param, tp_size, ep_size) for layer in layers for param in layer.params)
-    return RankBytes(tp_size=tp_size, ep_size=ep_size, nbytes=nbytes)
+        return RankBytes(tp_size=tp_size, ep_size=ep_size, note=why)
+    parts: Counter[str] = Counter()
+    for layer in layers:
+        for param in layer.params:
+            parts[param.kind] += _rank_share(layer, param, tp_size, ep_size)
+    experts, shared, routers = (parts[kind] for kind in ("experts", "shared", "routers"))
+    return RankBytes(tp_size=tp_size, ep_size=ep_size, experts=experts, shared=shared, routers=routers)
 
 
 def _indivisible(layers: Sequence[LayerPlan], tp_size: int, ep_size: int) -> str:
@@ -114,12 +145,22 @@ def _divides(width: int, parts: int, layout: Layout) -> bool:
 
 
 def _rank_share(layer: LayerPlan, param: ParamSpec, tp_size: int, ep_size: int) -> int:
-    if ".experts." in param.name:
+    if param.kind == "experts":
         one = param.nbytes // layer.n_slots
-        if param.name.endswith(".w2_bias"):  # added once, after the sum over ranks: not divided by width
-            return one * layer.n_routed // ep_size + one * (layer.n_slots - layer.n_routed)
-        return (one * layer.n_routed // ep_size + one * (layer.n_slots - layer.n_routed)) // (tp_size // ep_size)
-    return param.nbytes // tp_size if ".shared." in param.name else param.nbytes
+        held = one * layer.n_routed // ep_size + one * (layer.n_slots - layer.n_routed)
+        return held // (tp_size // ep_size) if _is_cut(param, layer.layout) else held
+    if param.kind == "shared" and layer.shared_layout is not None and _is_cut(param, layer.shared_layout):
+        return param.nbytes // tp_size
+    return param.nbytes
+
+
+def _is_cut(param: ParamSpec, layout: Layout) -> bool:
+    """Whether ranks share a parameter's bytes: gate and up are cut by rows and down by columns, where it has such."""
+    matrix, _, name = param.name.rpartition(".")[2].partition("_")
+    part = next((part for part in layout.parts if part.name == name), None)
+    if part is None:  # a bias: that of down is added once, after the sum over ranks
+        return matrix == "w13"
+    return (part.rows_per_item if matrix == "w13" else part.columns_per_item) is not None
 
 
 def _slot_bytes(layer: LayerPlan) -> int:

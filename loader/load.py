@@ -56,12 +56,12 @@ def prepare(
     """
     decisions.require()
     rules = load_rules() if rules is None else rules
-    fresh = read_facts(folder, runner=_runner(decisions), rules=rules)
+    fresh = read_facts(folder, runner=runner_of(decisions), rules=rules)
     require_fresh(decisions, fresh)
     index = read_index(Path(folder))
     if index is None:
         raise CheckpointError(f"`{folder}` has no *.safetensors; the loader needs weights, not a config.json alone")
-    family = _family(rules, fresh, folder)
+    family = family_of(rules, fresh, folder)
     plan = build_plan(index, family, facts or fresh, decisions, rules.formats)
     return Prepared(facts=facts or fresh, family=family, index=index, plan=plan)
 
@@ -79,14 +79,16 @@ def load_moe(
     return build(prepared.plan, prepared.index, device)
 
 
-def _runner(decisions: Mapping[str, Decision]) -> Runner:
+def runner_of(decisions: Mapping[str, Decision]) -> Runner:
+    """The runner that all of `decisions` were made for; raises `CheckpointError` where there are two."""
     runners = sorted({decision.runner for decision in decisions.values()})
     if len(runners) > 1:
         raise CheckpointError(f"decisions of several runners: {', '.join(runners)}; load one runner at a time")
     return "draft" if runners == ["draft"] else "target"
 
 
-def _family(rules: RuleSet, facts: Facts, folder: Path | str) -> Family:
+def family_of(rules: RuleSet, facts: Facts, folder: Path | str) -> Family:
+    """The family of the checkpoint `folder` with these facts; raises `CheckpointError` where none knows it."""
     name = facts.values.get("model.family")
     if isinstance(name, str) and name in rules.families:
         return rules.families[name]

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,23 @@ def make_checkpoint(out: Path, recipe: Recipe) -> Path:
     Raises `CheckpointError` where `out` is a folder with something in it, a file, or the recipe can't be made.
     """
     maker = _Maker(recipe)
+    files = {"config.json": json.dumps(maker.config(), indent=2) + "\n"}
+    return write_checkpoint(out, files, maker.shards(), maker.n_layers + 1)
+
+
+def write_checkpoint(
+    out: Path, files: Mapping[str, str], shards: Iterable[Mapping[str, Tensor]], n_shards: int
+) -> Path:
+    """Write text `files` and `shards` into `out`, whole or not at all; `CheckpointError` where it is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"`{out}` exists and is not empty; name a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         temporary.chmod(0o755)
-        (temporary / "config.json").write_text(json.dumps(maker.config(), indent=2) + "\n", encoding="utf-8")
-        write_shards(temporary, maker.shards(), maker.n_layers + 1)
+        for name, text in files.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        write_shards(temporary, shards, n_shards)
         temporary.replace(out)  # over an empty folder or nothing: both are one step
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -71,6 +71,12 @@ class ParamSpec:
         """Memory of the parameter."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    @property
+    def kind(self) -> Literal["experts", "shared", "routers"]:
+        """Whose it is; the gate of a shared expert counts as a router."""
+        module = self.name.split(".")[2]
+        return "experts" if module == "experts" else "shared" if module == "shared" else "routers"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapeNote:
@@ -143,6 +149,10 @@ class LayerPlan:
         """Memory of the layer on one device that holds all of it."""
         return sum(param.nbytes for param in self.params)
 
+    def part_bytes(self, kind: Literal["experts", "shared", "routers"]) -> int:
+        """Memory of the parameters of one kind."""
+        return sum(param.nbytes for param in self.params if param.kind == kind)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -162,6 +172,8 @@ class Plan:
     """Memory of each rank under the facts' tensor and expert parallelism."""
     fusion: FusionCost
     """What the shared experts in slots cost and save."""
+    source: Literal["headers", "config"] = "headers"
+    """Where names, dtypes and shapes are from: safetensors headers, or config.json alone."""
 
     @property
     def nbytes(self) -> int:
@@ -178,6 +190,7 @@ class Plan:
         return {
             "family": self.family,
             "runner": self.runner,
+            "source": self.source,
             "bytes": self.nbytes,
             "bytes_per_rank": self.per_rank.as_json(),
             "fusion": self.fusion.as_json(),
@@ -187,7 +200,8 @@ class Plan:
     def lines(self) -> Iterator[str]:
         """For people; layers that are alike share a line."""
         n = sum(len(layer.placements) for layer in self.layers)
-        yield f"{self.runner}: {count(len(self.layers), 'MoE layer')} of {self.family}"
+        alone = ", from config.json alone" if self.source == "config" else ""
+        yield f"{self.runner}: {count(len(self.layers), 'MoE layer')} of {self.family}{alone}"
         for text, indices in _alike(self.layers).items():
             yield f"  {'layer' if len(indices) == 1 else 'layers'} {ranges(indices)}: {text}"
         if unused := sum(len(layer.unused) for layer in self.layers):

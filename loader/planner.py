@@ -6,7 +6,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gatekeeper import CheckpointError, Decision, Facts, Family, Format, Index, MoeTensors, find_moe_layers, load_rules
+from gatekeeper import (
+    CheckpointError,
+    Decision,
+    Facts,
+    Family,
+    Format,
+    Index,
+    MoeTensors,
+    TensorInfo,
+    find_moe_layers,
+    load_rules,
+)
 from loader import obey
 from loader.accounts import Ledger
 from loader.costs import fusion_cost, rank_bytes
@@ -39,10 +50,11 @@ def build_plan(
     widths = _widths(facts.values)
     _require_plausible(widths, index, tensors)
     faults = _layer_faults(family, facts, tensors)
+    blocks = _blocks(index, [layer.name for layer in tensors])
     layers: list[LayerPlan] = []
     for layer in tensors:
         plan, found = plan_layer(
-            index,
+            blocks[layer.name],
             family,
             layer,
             widths,
@@ -56,7 +68,7 @@ def build_plan(
     if faults:
         raise PlanError(faults)
     for planned in layers:
-        _balance(planned, index)
+        _balance(planned, blocks[planned.name])
     tp_size, ep_size = (_size(facts.values, f"parallel.{name}") for name in ("tp_size", "ep_size"))
     return Plan(
         family=family.name,
@@ -74,6 +86,18 @@ def runner_layers(index: Index, family: Family, facts: Facts) -> tuple[MoeTensor
     role = ROLES[facts.runner]
     found = (layer for layer in find_moe_layers(index, family, facts.values) if layer.role == role)
     return tuple(sorted(found, key=lambda layer: layer.index))
+
+
+def _blocks(index: Index, names: Sequence[str]) -> dict[str, Index]:
+    """The tensors of each MoE block; one pass, for a checkpoint has a hundred thousand of them and sixty blocks."""
+    found: dict[str, dict[str, TensorInfo]] = {name: {} for name in names}
+    depths = sorted({name.count(".") + 1 for name in names})
+    for name, info in index.tensors.items():
+        segments = name.split(".")
+        for depth in depths:
+            if (block := ".".join(segments[:depth])) in found:
+                found[block][name] = info
+    return {name: Index(folder=index.folder, tensors=tensors) for name, tensors in found.items()}
 
 
 def _require_supported(family: Family) -> None:

@@ -207,3 +207,23 @@ def test_a_config_that_does_not_say_its_layers(tmp_path: Path) -> None:
     found = read(write_config(tmp_path, {"architectures": ["DeepseekV3ForCausalLM"], "n_routed_experts": 4}))
     assert found.layers is None
     assert "does not say which layers" in found.layers_note
+
+
+@pytest.mark.parametrize(
+    ("model", "rewritten", "family"),
+    [
+        ("zai-org__GLM-5.2", "GlmMoeDsaForCausalLMNextN", "glm_moe_dsa"),
+        ("deepseek-ai__DeepSeek-V3", "DeepseekV3ForCausalLMNextN", "deepseek_v3"),
+        ("Qwen__Qwen3.5-397B-A17B", "Qwen3_5ForCausalLMMTP", "qwen3_5_moe"),
+    ],
+)
+def test_an_architecture_that_an_engine_rewrote_is_no_other_family(
+    tmp_path: Path, model: str, rewritten: str, family: str
+) -> None:
+    """Engines call a draft's class otherwise; a gate that compared names never let the draft fuse."""
+    config = json.loads((CORPUS / model / "config.json").read_text("utf-8"))
+    config["architectures"] = [rewritten]
+    found = read(write_config(tmp_path, config))
+    assert found.family is not None
+    assert found.family.name == family
+    assert [layer["layer.role"].value for layer in found.layers or ()].count("mtp") == 1

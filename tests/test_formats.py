@@ -191,3 +191,21 @@ def test_a_broken_format_file_is_a_fault(change: str, says: str) -> None:
     assert change in text
     with pytest.raises(RuleError):
         Format.parse(checked(parse_yaml(text.replace(change, says), "formats/bf16.yaml"), "format"))
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "method", "suffixes"),
+    [
+        ("mxfp4", "kimi_k25", "quark", ["weight", "weight_scale"]),
+        ("mxfp4", "kimi_k25", "compressed-tensors", ["weight_packed", "weight_scale"]),
+        ("mxfp4", "deepseek_v4", "fp8", ["weight", "scale"]),
+        ("mxfp4", "gpt_oss", "mxfp4", ["weight", "weight_scale"]),
+        ("fp8_block", "deepseek_v3", "fp8", ["weight", "weight_scale_inv"]),
+        ("fp8_block", "deepseek_v3", "compressed-tensors", ["weight", "weight_scale"]),
+        ("fp8_block", "deepseek_v4", "fp8", ["weight", "scale"]),
+        ("bf16", "mixtral", "none", ["weight"]),
+    ],
+)
+def test_who_names_the_parts_how(name: str, family: str, method: str, suffixes: list[str]) -> None:
+    one = next(one for one in formats() if one.name == name)
+    assert [part.suffix for part in one.signature_of(family, method).parts] == suffixes

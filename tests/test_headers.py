@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gatekeeper.errors import CheckpointError, FactError
 from gatekeeper.providers.flags import read_flags
-from gatekeeper.providers.platform import read_platform
+from gatekeeper.providers.platform import _of_devices, read_platform
 from gatekeeper.source import read_yaml
 from gatekeeper.values import ABSENT, UNKNOWN, Reading
 from tests.shipped import CORPUS, RULES, catalogue, families, read, write_config
@@ -222,6 +223,83 @@ def test_a_plain_tensor_that_the_list_does_not_exclude(tmp_path: Path) -> None:
         v3(tmp_path, plain, without=r"layers\.4\.mlp\.shared_experts.*weight_scale_inv")
 
 
+def test_another_format_than_the_config_announces(tmp_path: Path) -> None:
+    tensors: Tensors = {}
+    for index in range(1, 5):
+        tensors |= experts(f"language_model.model.layers.{index}.mlp", "nvfp4", "bf16")
+    with pytest.raises(FactError) as error:
+        read(folder_of(tmp_path, "moonshotai__Kimi-K2.5", tensors))
+    for part in (
+        "layer 1, routed experts: model.safetensors: language_model.model.layers.1.mlp.experts.0.gate_proj.weight has",
+        "has format nvfp4, but config.json: text_config.quantization_config announces int4_g32",
+    ):
+        assert part in str(error.value)
+
+
+def test_another_width_than_the_config_announces(tmp_path: Path) -> None:
+    narrow: Tensors = {}
+    for e in range(E):
+        for projection, sizes in (("gate", (F // 2, D)), ("up", (F // 2, D)), ("down", (D, F // 2))):
+            narrow |= dict(named(f"model.layers.4.mlp.experts.{e}.{projection}_proj", linear("fp8_block", *sizes)))
+    with pytest.raises(FactError, match=r"layer 4, .* has width 128, but config.json: .* announces 256"):
+        v3(tmp_path, narrow)
+
+
+def test_more_experts_than_the_config_announces(tmp_path: Path) -> None:
+    prefix = f"model.layers.4.mlp.experts.{E}"
+    more = {f"{prefix}.{p}_proj.weight": ("F8_E4M3", (F, D)) for p in ("gate", "up")}
+    with pytest.raises(
+        FactError, match=rf"layer 4: .*experts\.{E}\.gate_proj.weight makes 5 experts, but config.json announces 4"
+    ):
+        v3(tmp_path, more)
+
+
+MTP = [  # a model, its draft layers' block as stored, and as tensors of what; see tests/names.yaml for their lists
+    ("deepseek-ai__DeepSeek-V3", "model.layers.5.mlp", range(3, 5), "model.layers.{}.mlp"),
+    ("zai-org__GLM-5-FP8", "model.layers.5.mlp", range(3, 5), "model.layers.{}.mlp"),
+]
+
+
+@pytest.mark.parametrize(("model", "draft", "main", "block"), MTP, ids=[row[0] for row in MTP])
+def test_a_draft_layer_counts_on_after_the_last(
+    tmp_path: Path, model: str, draft: str, main: range, block: str
+) -> None:
+    """`model.layers.N` past num_hidden_layers is of the draft, and has a storage of its own."""
+    config = small(model)
+    key = "modules_to_not_convert"
+    listed = [f"{draft}.shared_experts.{p}_proj" for p in ("gate", "up", "down")]
+    config["quantization_config"][key] = [*config["quantization_config"].get(key, ()), *listed]
+    tensors = experts(draft, "fp8_block", "bf16")
+    for index in main:
+        tensors |= experts(block.format(index), "fp8_block", "fp8_block")
+    write_config(tmp_path, config)
+    write_shards(tmp_path, {SHARD: tensors}, index=False)
+    for target in (tmp_path, tmp_path / "config.json"):
+        layers = read(target).layers
+        assert layers is not None
+        assert [(one["layer.index"].value, one["layer.role"].value) for one in layers] == [
+            *((index, "main") for index in main),
+            (5, "mtp"),
+        ]
+        assert [formats_of(one) for one in layers] == [("fp8_block", "fp8_block")] * 2 + [("fp8_block", "bf16")]
+        assert [one["layer.shared_excluded"].value for one in layers] == ["false", "false", "true"]
+
+
+def test_a_draft_layer_by_a_name_of_its_own(tmp_path: Path) -> None:
+    """`mtp.0.ffn` is layer 5, of which lists that name `layers.5` say nothing (vllm-project/vllm#51695)."""
+    config = small("deepseek-ai__DeepSeek-V4-Flash")
+    config["quantization_config"]["modules_to_not_convert"] = ["layers.5.ffn.shared_experts"]
+    assert read(write_config(tmp_path / "a", config)).layers is not None
+    named_so = read(tmp_path / "a").layers or []
+    config["quantization_config"]["modules_to_not_convert"] = ["mtp.0.ffn.shared_experts"]
+    named_right = read(write_config(tmp_path / "b", config)).layers or []
+    for layers, expected in ((named_so, "fp8_block"), (named_right, "bf16")):
+        draft = [one for one in layers if one["layer.role"].value == "mtp"]
+        assert [(one["layer.index"].value, one["layer.name"].value) for one in draft] == [(5, "mtp.0.ffn")]
+        assert [formats_of(one) for one in draft] == [("mxfp4", expected)]
+        assert {formats_of(one) for one in layers if one not in draft} == {("mxfp4", "fp8_block")}
+
+
 def test_a_layer_of_experts_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FactError, match=r"layer 4 should have experts by config\.json"):
         v3(tmp_path, without="layers.4.")
@@ -272,6 +350,21 @@ def test_a_preset_and_where_it_is_from() -> None:
     assert (found["platform.vendor"].value, found["platform.arch"].value) == ("hip", "gfx950")
     assert found["platform.vendor"].witness == "platforms.yaml: mi355x"
     assert read_platform("cpu", platforms(), catalogue())["platform.arch"].value is ABSENT
+
+
+def test_memory_of_a_device() -> None:
+    found = read_platform("h200", platforms(), catalogue())["platform.memory_bytes"]
+    assert (found.value, found.witness) == (141 * 10**9, "platforms.yaml: h200")
+    assert read_platform("cpu", platforms(), catalogue())["platform.memory_bytes"].value is ABSENT
+    here = read_platform("here", platforms(), catalogue())["platform.memory_bytes"]
+    assert isinstance(here.value, int) or here.value in (ABSENT, UNKNOWN)
+
+
+def test_the_smallest_of_several_devices_counts() -> None:
+    device = SimpleNamespace(name="X", major=9, minor=0, total_memory=80 * 2**30)
+    smaller, silent = SimpleNamespace(**vars(device) | {"total_memory": 2**30}), SimpleNamespace(name="X")
+    assert _of_devices("cuda", [device, smaller])["platform.memory_bytes"].value == 2**30
+    assert _of_devices("cuda", [device, silent])["platform.memory_bytes"].value is UNKNOWN
 
 
 def test_an_unknown_preset() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,45 @@ def test_quark_by_layer(tmp_path: Path) -> None:
         "*shared_experts*": {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}}
     }
     assert pair(layers_of(tmp_path, quantization)[0]) == ("mxfp4", "fp8_tensor")
+
+
+FP8_WEIGHT = {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}}
+
+
+def test_quark_by_expert(tmp_path: Path) -> None:
+    """288 experts of a draft layer, listed leaf by leaf and never as one module (sgl-project/sglang#39779)."""
+    leaves = [f"model.layers.2.mlp.experts.{e}.{p}_proj" for e in range(288) for p in ("gate", "up", "down")]
+    quantization = quark() | {"layer_quant_config": dict.fromkeys(leaves, FP8_WEIGHT)}
+    start = time.monotonic()
+    main, mtp = layers_of(tmp_path / "a", quantization, n_routed_experts=288)
+    assert time.monotonic() - start < 5
+    assert pair(main) == ("mxfp4", "mxfp4")
+    assert pair(mtp) == ("fp8_tensor", "mxfp4")
+    quantization["layer_quant_config"] = dict.fromkeys(leaves[:-3], FP8_WEIGHT)
+    main, mtp = layers_of(tmp_path / "b", quantization, n_routed_experts=288)
+    assert pair(main) == ("mxfp4", "mxfp4")
+    assert mtp["layer.routed_storage"].value is ABSENT
+    assert "differ: fp8_tensor, mxfp4" in mtp["layer.routed_storage"].note
+
+
+def test_a_name_of_its_own_counts_before_a_pattern(tmp_path: Path) -> None:
+    quantization = quark() | {
+        "layer_quant_config": {"*shared_experts*": FP8_WEIGHT, "*": {"weight": None}}
+        | {
+            f"model.layers.1.mlp.shared_experts.{p}_proj": quark()["global_quant_config"]
+            for p in ("gate", "up", "down")
+        }
+    }
+    main, mtp = layers_of(tmp_path, quantization)
+    assert (pair(main), pair(mtp)) == (("bf16", "mxfp4"), ("bf16", "fp8_tensor"))
+
+
+@pytest.mark.parametrize("listed", ["experts.17.down_proj", "language_model.model.layers.1.mlp.experts.17.down_proj"])
+def test_one_leaf_of_one_expert(tmp_path: Path, listed: str) -> None:
+    """By a run of segments or by the wrapper's name: one of 64 experts is another one, so the layer has no storage."""
+    main, _ = layers_of(tmp_path, {**FP8, "modules_to_not_convert": [listed]}, n_routed_experts=64)
+    assert main["layer.routed_excluded"].value == "partly"
+    assert main["layer.routed_storage"].value is ABSENT
 
 
 def test_compressed_tensors_by_group(tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ def read_headers(
     """Facts of every MoE layer whose experts are in the headers; None and a note where no name is understood.
 
     `readings` are the facts of `read_config` and `read_quantization`. Raises `FactError` where the headers contradict
-    the config: a module that the exclude list covers is quantized or the reverse, or a layer with experts is said to
-    have none or the reverse.
+    the config, naming both: a module that the exclude list covers is quantized or the reverse, it is stored in another
+    format or is of another size than the config says, there are more experts than it says, or a layer with experts is
+    said to have none or the reverse.
     """
     values = settled(catalogue, readings)
     if family is None:
@@ -90,6 +91,7 @@ def _witness(experts: Sequence[Expert]) -> str:
 def _layer(one: MoeTensors, reader: LayerReader, recognised: _Recogniser, config: ConfigFile) -> Layer:
     names = reader.family.names
     witness = _witness(one.routed or (one.stacked,))
+    _same_count(one, reader.values, config)
     is_stack = bool(one.stacked) and not one.routed
     experts = reader.experts if is_stack or len(reader.experts) <= len(one.routed) else range(len(one.routed))
     layer: Layer = {
@@ -124,18 +126,35 @@ def _agree(
         name = reading.value.get("format") if isinstance(reading.value, Mapping) else None
         return None if name is None else name in recognised.plain
 
+    where = f"layer {layer.index}, {kind} experts: {stored.witness}"
     in_headers, in_config = is_plain(stored), is_plain(announced)
-    if in_headers is None or in_config is None or in_headers == in_config:
-        return
-    said = {"true": "excludes it from quantization", "false": "does not exclude it", "partly": "excludes part of it"}
-    raise FactError(
-        f"layer {layer.index}, {kind} experts: {stored.witness} is {_format(stored)}, but {out.witness} "
-        f"{said[str(out.value).lower()]} ({_format(announced)}); one of the two is of another checkpoint"
-    )
+    if None not in (in_headers, in_config) and in_headers != in_config:
+        said = {"true": "excludes it from quantization", "false": "does not exclude it", "partly": "excludes a part"}
+        raise FactError(
+            f"{where} is {_field(stored, 'format')}, but {out.witness} {said[str(out.value).lower()]} "
+            f"({_field(announced, 'format')}); one of the two is of another checkpoint"
+        )
+    # Plain weights are in whatever dtype they were saved in; `dtype` is what the model computes in.
+    for field in ("width", "input_width") if in_headers else ("format", "width", "input_width"):
+        found, expected = _field(stored, field), _field(announced, field)
+        if None not in (found, expected) and found != expected:
+            raise FactError(
+                f"{where} has {field} {found}, but {announced.witness} announces {expected}; one of the two is of "
+                "another checkpoint"
+            )
 
 
-def _format(reading: Reading) -> str:
-    return str(reading.value["format"]) if isinstance(reading.value, Mapping) else "unknown"
+def _field(reading: Reading, name: str) -> object:
+    return reading.value.get(name) if isinstance(reading.value, Mapping) else None
+
+
+def _same_count(layer: MoeTensors, values: Values, config: ConfigFile) -> None:
+    count = values.get("model.n_routed_experts", UNKNOWN)
+    if isinstance(count, int) and layer.n_experts > count:
+        raise FactError(
+            f"layer {layer.index}: {_witness(layer.routed[count:] or (layer.stacked,))} makes {layer.n_experts} "
+            f"experts, but {config.name} announces {count}; one of the two is of another checkpoint"
+        )
 
 
 class _Recogniser:

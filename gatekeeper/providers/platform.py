@@ -21,7 +21,13 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
 TOOLS = {"nvidia-smi": "cuda", "rocm-smi": "hip", "amd-smi": "hip", "mthreads-gmi": "musa", "npu-smi": "npu"}
 """Vendors' own tools: where one is installed, a machine without torch still can't be called a cpu."""
 
-NAMES = ("platform.vendor", "platform.arch", "platform.capability", "platform.device_count")
+NAMES = (
+    "platform.vendor",
+    "platform.arch",
+    "platform.capability",
+    "platform.device_count",
+    "platform.memory_bytes",
+)
 
 
 def read_platform(name: str, platforms: Mapping[str, Mapping[str, Any]], catalogue: Catalogue) -> Readings:
@@ -62,6 +68,7 @@ def _of_devices(vendor: str, devices: list[Any]) -> dict[str, Reading]:
     readings = {
         "platform.vendor": Reading(vendor, witness),
         "platform.device_count": Reading(len(devices), witness),
+        "platform.memory_bytes": _memory(devices, witness),
     }
     kinds = {_kind(vendor, device) for device in devices}
     if len(kinds) > 1 or None in kinds:
@@ -72,6 +79,13 @@ def _of_devices(vendor: str, devices: list[Any]) -> dict[str, Reading]:
         "platform.arch": Reading(Arch(arch), witness),
         "platform.capability": Reading(Version(capability), witness),
     }
+
+
+def _memory(devices: list[Any], witness: str) -> Reading:
+    """Of the smallest device, for each has to hold its rank."""
+    sizes = [getattr(device, "total_memory", None) for device in devices]
+    known = [size for size in sizes if isinstance(size, int)]
+    return Reading(min(known), witness) if len(known) == len(sizes) else Reading(UNKNOWN, witness, "torch does not say")
 
 
 def _kind(vendor: str, device: Any) -> tuple[str, str] | None:
@@ -104,6 +118,7 @@ def _cpu(witness: str) -> dict[str, Reading]:
         "platform.device_count": Reading(0, witness),
         "platform.arch": Reading(ABSENT, witness, "a cpu"),
         "platform.capability": Reading(ABSENT, witness, "a cpu"),
+        "platform.memory_bytes": Reading(ABSENT, witness, "a cpu"),
     }
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from gatekeeper.errors import FactError
-from gatekeeper.names import first_match, matcher, spellings
+from gatekeeper.names import finder, spellings
 from gatekeeper.values import ABSENT
 
 if TYPE_CHECKING:
@@ -149,10 +149,12 @@ def _quark(reader: LayerReader) -> SchemeOf:
     if not isinstance(by_layer, Mapping) or not isinstance(by_type, Mapping):
         raise FactError(f"`layer_quant_config` is not a mapping (from {reader.found.where})")
 
+    find = finder("quark", by_layer)
+
     def scheme(module: str, kind: Kind) -> Scheme | None:
         if reader.ignored(module):
             return None
-        pattern = first_match("quark", by_layer, (module,))
+        pattern = find(module)
         # Order of Quark: by name, by type, global (`QuarkConfig._find_matched_config` in vLLM's quark.py).
         spec = by_layer[pattern] if pattern is not None else by_type.get("Linear", base)
         return _quark_scheme(spec)
@@ -190,22 +192,20 @@ def _compressed_tensors(reader: LayerReader) -> SchemeOf:
         parent, _, last = module.rpartition(".")
         return tuple(dict.fromkeys((module, f"{parent}.{plain.get(last, last)}")))
 
-    schemes = [(tuple(group.get("targets") or ()), _ct_scheme(group, raw, reader)) for group in groups.values()]
+    schemes: dict[str, Scheme | None] = {}
+    for group in groups.values():
+        for target in group.get("targets") or ():
+            schemes.setdefault(target, _ct_scheme(group, raw, reader))
+    find = finder("compressed-tensors", (target for target in schemes if target != "Linear"))
 
     def scheme(module: str, kind: Kind) -> Scheme | None:
         candidates = spelled(module)
         if any(map(reader.ignored, candidates)):
             return None
-        by_name = (s for targets, s in schemes if _targets(targets, candidates))
-        by_class = (s for targets, s in schemes if "Linear" in targets)
-        return next(by_name, next(by_class, None))
+        target = next(filter(None, map(find, candidates)), "Linear")
+        return schemes.get(target)
 
     return scheme
-
-
-def _targets(targets: Sequence[str], candidates: Sequence[str]) -> bool:
-    named = tuple(target for target in targets if target != "Linear")
-    return bool(named) and any(map(matcher("compressed-tensors", named), candidates))
 
 
 def _ct_scheme(group: Mapping[str, Any], raw: Mapping[str, Any], reader: LayerReader) -> Scheme | None:

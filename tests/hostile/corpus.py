@@ -510,7 +510,7 @@ def patterns_of_stars_by_the_thousand(folder: Path) -> None:
 
 @harm
 def schemes_by_the_thousand(folder: Path) -> None:
-    """names took more than"""
+    """patterns with wildcards in one list"""
     schemes = {f"*{number}*x": {"weight": {}} for number in range(100_000)}
     config(folder, quantization_config={"quant_method": "quark", "layer_quant_config": schemes})
 

@@ -189,7 +189,8 @@ def test_exit_codes(made: Callable[..., Path], tmp_path: Path) -> None:
     config_only = tmp_path / "config"
     config_only.mkdir()
     (config_only / "config.json").write_bytes((folder / "config.json").read_bytes())
-    done = run("plan", config_only)
+    assert run("plan", config_only).returncode == 0, "a config.json is enough for a plan"
+    done = run("load", config_only)
     assert done.returncode == 1 and "has no *.safetensors" in done.stderr
 
 

@@ -1,0 +1,36 @@
+"""A plan of anything that has a config.json: from its safetensors headers, or without weights from the config alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from gatekeeper import CheckpointError, Decisions, Facts, RuleSet, announced_index, load_rules, read_facts, read_index
+from loader.load import family_of, runner_of
+from loader.obey import require_fresh
+from loader.plan import Plan
+from loader.planner import build_plan
+
+
+def plan_target(
+    target: Path | str, decisions: Decisions, rules: RuleSet | None = None, facts: Facts | None = None
+) -> Plan:
+    """Plan a checkpoint folder or a config.json; reads headers where there are some, and never a weight.
+
+    Without headers, the tensors are those that config.json announces (`gatekeeper.announced_index`), and the same
+    planner is run on them. Arguments and errors are those of `loader.prepare`.
+    """
+    decisions.require()
+    rules = load_rules() if rules is None else rules
+    fresh = read_facts(target, runner=runner_of(decisions), rules=rules)
+    require_fresh(decisions, fresh)
+    facts, family = facts or fresh, family_of(rules, fresh, target)
+    path = Path(target)
+    index = read_index(path) if path.is_dir() else None
+    if index is not None:
+        return build_plan(index, family, facts, decisions, rules.formats)
+    if facts.runner_layers is None:
+        raise CheckpointError(f"`{target}`: {fresh.layers_note or 'which layers have experts is unknown'}")
+    config = path / "config.json" if path.is_dir() else path
+    index = announced_index(config, facts.runner_layers, facts.values, family, rules.formats)
+    return replace(build_plan(index, family, facts, decisions, rules.formats), source="config")
