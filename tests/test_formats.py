@@ -199,7 +199,7 @@ def test_a_broken_format_file_is_a_fault(change: str, says: str) -> None:
         ("mxfp4", "kimi_k25", "quark", ["weight", "weight_scale"]),
         ("mxfp4", "kimi_k25", "compressed-tensors", ["weight_packed", "weight_scale"]),
         ("mxfp4", "deepseek_v4", "fp8", ["weight", "scale"]),
-        ("mxfp4", "gpt_oss", "mxfp4", ["weight", "weight_scale"]),
+        ("mxfp4", "gpt_oss", "mxfp4", ["blocks", "scales"]),
         ("fp8_block", "deepseek_v3", "fp8", ["weight", "weight_scale_inv"]),
         ("fp8_block", "deepseek_v3", "compressed-tensors", ["weight", "weight_scale"]),
         ("fp8_block", "deepseek_v4", "fp8", ["weight", "scale"]),
