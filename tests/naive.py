@@ -51,8 +51,9 @@ Readings. Where the text leaves a choice, this is what a careful reader made of 
 18. "`engine.X` ... is `server.X` unless that is `auto`": where the catalogue has a `server.X`; a null `server.X`
     without default makes it what that is.
 19. "With `from` it [derive] is used where the key is absent": given, then derived, then `default`.
-20. "Each field is a fact too and may be given by that name": a record given only so, by a known field, is there; by
-    nulls alone it is unknown whether the record is absent. In a group under `assume` missing fields are absent.
+20. "Each field is a fact too and may be given by that name": a record is there by a known field, and absent where all
+    of its fields are; by nulls and unknown fields alone it is unknown whether it is absent. In a group under `assume`
+    missing fields are absent.
 21. "`every_layer` ... is false where no layer meets `where`": (some layer meets it) and (each: not where, or that),
     in Kleene's logic; over an unknown list both words are unknown, whatever `that` says. `where` left out is true.
 22. "unknown: every comparison unknown": `any_item`/`every_item` of an unknown list are unknown even where the item
@@ -342,8 +343,10 @@ class Place:
                 fields[each] = ABSENT if holder[key] is None else value_of(holder[key], field_spec)
             else:
                 fields[each] = ABSENT if self.assumed(name) and self.assumed(full) else UNKNOWN
+        if all(reading is ABSENT for reading in fields.values()):
+            return ABSENT
         known = any(not isinstance(reading, Missing) for reading in fields.values())
-        return Record(fields, True if whole is not None or known else None)
+        return Record(fields, True if known else None)
 
 
 def value_of(raw: Any, spec: Mapping[str, Any]) -> Any:

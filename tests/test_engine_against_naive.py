@@ -135,6 +135,12 @@ FOUND: dict[str, tuple[Sequence[Any], Sequence[Any], Any, Any]] = {
         {"facts": {}},
         {"facts": {"quant.method": "fp8"}},
     ),
+    "a record of which only a null is known may be absent as a whole": (
+        [{**ALPHA, "scope": "layer", "requires": [{**NUMBERED, "that": {"not": {"layer.one": {"absent": True}}}}]}],
+        [],
+        {"facts": {}, "layers": [{"layer.index": 0, "layer.one": {"width": None}}]},
+        {"facts": {}, "layers": [{"layer.index": 0, "layer.one": {"width": None, "format": None}}]},
+    ),
     "nothing is open about an empty list of layers": (
         [{**ALPHA, "requires": [{**NUMBERED, "when": {"model.family": "x"}, "that": EVERY_LAYER}]}],
         [],
