@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -76,20 +75,7 @@ def test_what_was_wrong_is_not_opened_when_it_is_outside(judged: Judge, out: Pat
 @pytest.mark.hostile
 @pytest.mark.parametrize("command", ["gatekeeper decide", "gatekeeper facts", "loader plan", "loader load"])
 @pytest.mark.parametrize("name", corpus.HARMS)
-def test_from_a_cold_start(root: Path, out: Path, name: str, command: str) -> None:
+def test_from_a_cold_start(judged: Judge, out: Path, name: str, command: str) -> None:
     """As a user runs it: the limits hold for the whole process, the start of Python with it."""
     folder = corpus.write(name, out)
-    module, verb = command.split()
-    with (out / "output").open("w+b") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, verb, str(folder)],
-            cwd=root,
-            stdout=output,
-            stderr=output,
-            preexec_fn=judge.limit,
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        text = output.read().decode(errors="backslashreplace")
-    refused(name, folder, {"code": process.returncode, "output": text, "megabytes": usage.ru_maxrss / 1024})
+    refused(name, folder, judged("python", "-m", *command.split(), folder))
