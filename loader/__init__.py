@@ -7,9 +7,10 @@ from loader.errors import BuildError, PlanError, PlanFault, StaleDecisionError, 
 from loader.load import load_moe, prepare
 from loader.make_checkpoint import Recipe, make_checkpoint
 from loader.moe import MoELayer, RouterConfig
-from loader.plan import LayerPlan, Placement, Plan
+from loader.plan import LayerPlan, Placement, Plan, Rank
 from loader.planner import build_plan
-from loader.verify import Verified, agreement, verify
+from loader.rank import plan_of_rank
+from loader.verify import Verified, Verifier, agreement, verify
 
 __all__ = [
     "BuildError",
@@ -19,16 +20,19 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanFault",
+    "Rank",
     "Recipe",
     "RouterConfig",
     "StaleDecisionError",
     "VerificationError",
     "Verified",
+    "Verifier",
     "agreement",
     "build",
     "build_plan",
     "load_moe",
     "make_checkpoint",
+    "plan_of_rank",
     "prepare",
     "verify",
 ]

@@ -18,9 +18,14 @@ Block = tuple[Span, Span]
 class Ledger:
     """Collects what was written and used, and says what is wrong with the sum."""
 
-    def __init__(self, slots: Mapping[Slot, int], tensors: Mapping[str, tuple[int, ...]]) -> None:
-        """`slots`: every slot to its number of rows. `tensors`: every tensor that must be used, to its shape."""
-        self._slots, self._tensors = slots, tensors
+    def __init__(
+        self, slots: Mapping[Slot, int], tensors: Mapping[str, tuple[int, ...]], *, whole: bool = True
+    ) -> None:
+        """`slots`: every slot to its number of rows. `tensors`: every tensor that must be used, to its shape.
+
+        `whole` false: one rank's share, for which blocks of tensors are enough, still none of them twice.
+        """
+        self._slots, self._tensors, self._whole = slots, tensors, whole
         self._written: dict[Slot, list[tuple[Span, str]]] = defaultdict(list)
         self._used: dict[str, list[Block | None]] = defaultdict(list)
 
@@ -62,17 +67,19 @@ class Ledger:
             if len(blocks) > 1:
                 yield f"is used {len(blocks)} times"
         else:
-            yield from _tiling([block for block in blocks if block is not None], shape)
+            yield from _tiling([block for block in blocks if block is not None], shape, self._whole)
 
 
-def _tiling(blocks: list[Block], shape: tuple[int, ...]) -> Iterable[str]:
-    """Whether disjoint `blocks` cover a matrix: as many elements as it has, and none twice."""
+def _tiling(blocks: list[Block], shape: tuple[int, ...], whole: bool) -> Iterable[str]:
+    """Whether disjoint `blocks` lie in a matrix, and cover it if `whole`: as many elements as it has, none twice."""
     for i, (rows, columns) in enumerate(blocks):
         for other_rows, other_columns in blocks[i + 1 :]:
             if _overlap(rows, other_rows) and _overlap(columns, other_columns):
                 yield f"has a block that is used twice, at row {max(rows[0], other_rows[0])}"
     used = sum((r[1] - r[0]) * (c[1] - c[0]) for r, c in blocks)
-    if len(shape) != 2 or used != shape[0] * shape[1]:
+    if len(shape) != 2 or any(r[1] > shape[0] or c[1] > shape[1] for r, c in blocks):
+        yield f"of shape {list(shape)} has no such block: {blocks}"
+    elif whole and used != shape[0] * shape[1]:
         yield f"of shape {list(shape)} is used in part: {used} elements"
 
 

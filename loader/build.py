@@ -17,6 +17,7 @@ from loader.errors import BuildError
 from loader.filling import Filling
 from loader.formats import FORMATS
 from loader.kernels import KERNELS, Kernel
+from loader.local_router import LocalRouter
 from loader.memory import allocate
 from loader.moe import (
     Experts,
@@ -193,7 +194,9 @@ def assemble(plan: LayerPlan, router: RouterConfig) -> _Skeleton:
     if plan.shared == "separate" and plan.shared_format is not None:
         stack = _experts(plan.shared_format, 1, plan.shared_width, plan, kernel, "shared", homes)
         shared = SharedExpert(stack, gate)
-    chooser = SharedSlotRouter(routing, plan.n_shared, gate) if plan.shared == "slot" else routing
+    chooser: nn.Module = SharedSlotRouter(routing, plan.n_shared, gate) if plan.shared == "slot" else routing
+    if plan.held is not None:
+        chooser = LocalRouter(chooser, plan.held, plan.n_routed, plan.shared_weight)
     layer = MoELayer(index=plan.index, name=plan.name, router=chooser, experts=experts, shared=shared)
     skeleton = _Skeleton(layer, plan, {base + name: home for name, home in homes.items()})
     declared = {name: (tuple(p.shape), p.dtype) for name in skeleton.homes for p in [skeleton.parameter(name)]}

@@ -29,9 +29,10 @@ class Filling:
         self._fitting: list[Placement] = []
         self._found = torch.zeros((len(plan.notes), 2), dtype=torch.int64)
         keys = [placement.key for placement in plan.placements] + [note.key for note in plan.notes]
-        self._ledger = Ledger(
-            slots, _tensors_of(plan, index) | {k: index.tensors[k].shape for k in keys if k in index.tensors}
-        )
+        owed = {key: index.tensors[key].shape for key in keys if key in index.tensors}
+        if plan.held is None:  # one rank alone does not use every tensor of the layer
+            owed |= {name: info.shape for name, info in index.tensors.items() if name.startswith(f"{plan.name}.")}
+        self._ledger = Ledger(slots, owed, whole=plan.held is None)
         transfers = [self._transfer(placement) for placement in plan.placements]
         transfers += [Transfer(self._info(note.key), None, self._found[i]) for i, note in enumerate(plan.notes)]
         # Where something does not fit the load fails, so that there is nothing to be read for.
@@ -73,7 +74,3 @@ class Filling:
             return self._index.tensors[key]
         except KeyError:
             raise CheckpointError(f"`{self._index.folder}` has no tensor `{key}`") from None
-
-
-def _tensors_of(plan: LayerPlan, index: Index) -> dict[str, tuple[int, ...]]:
-    return {name: info.shape for name, info in index.tensors.items() if name.startswith(f"{plan.name}.")}

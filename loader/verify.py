@@ -2,6 +2,18 @@
 
 The reference reads raw tensors, one expert at a time, in float64; it shares no arithmetic with `loader.formats`,
 `loader.moe` or the kernels, and knows nothing of plans and slots.
+
+What is compared, so that it costs little beside the load:
+
+- **The router** on all tokens: every weight of every chosen expert.
+- **A few tokens through the layer**, cut to a narrow strip of each expert they chose (`loader.narrow`): SwiGLU is
+  separable over the intermediate, so that a strip is an expert of its own. It finds what is wrong with the arithmetic
+  (packing, scales, gate and up, the weight of the shared expert) and with any slot a token chose, in any format.
+- **One row of every tensor of every slot**, byte by byte (`loader.spots`): a slot swapped, never written or shifted,
+  also where no token came by.
+
+What it can't find: single bytes that differ elsewhere. That each row of each slot was filled, from the right place, is
+what the ledger guarantees; the bytes themselves are the file system's.
 """
 
 from __future__ import annotations
@@ -9,6 +21,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,9 +32,14 @@ from loader.checkpoint import Checkpoint, dtype_name
 from loader.errors import VerificationError
 from loader.formats import FORMATS
 from loader.moe import MoELayer, RouterConfig
-from loader.plan import Plan
+from loader.narrow import Source, Strip, Strips
+from loader.plan import LayerPlan, Plan
+from loader.spots import compare_rows
 
-TOKENS = 16
+ROUTED_TOKENS = 16
+"""Tokens that go through the router."""
+TOKENS = 2
+"""Those of them that go through experts too: at top 8, up to 16 experts and the shared one."""
 CLEAR_MARGIN = 1e-5
 """Scores that differ by a smaller part may be ranked either way in float32; such tokens are not compared."""
 
@@ -39,6 +58,10 @@ class Verified:
     """What the figure may be at most."""
     tokens: int
     """Tokens compared."""
+    experts: int
+    """Experts that they went through."""
+    rows: int
+    """Rows compared byte by byte, one of every tensor in every slot."""
 
 
 def tolerance(formats: Iterable[str], dtype: torch.dtype, widest: int) -> float:
@@ -61,48 +84,101 @@ def verify(
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Verified, ...]:
-    """Run each layer on random tokens and compare with the reference computed from `tensors` of `index`.
-
-    In `dtype`; None is the sharpest that the layer's backend has on its device, float32 or else bfloat16.
-
-    Raises `VerificationError` at the first layer whose figure is beyond its tolerance or not a number.
-    """
-    found = []
-    by_name = {each.name: each for each in tensors}
-    with Checkpoint(index) as checkpoint:
+    """Compare each of `layers` with `tensors` of `index`; see `Verifier`, which does the same while loading."""
+    with Verifier(plan, index, tensors, tokens=tokens, seed=seed, dtype=dtype) as verifier:
         for layer, layer_plan in zip(layers, plan.layers, strict=True):
-            device = next(layer.parameters()).device
-            compute = dtype or sharpest(layer_plan.backend, device)
-            x_TD = random_tokens(tokens, layer_plan.hidden_size, seed + layer.index).to(compute)
-            names = [layer_plan.format] + ([layer_plan.shared_format] if layer_plan.shared_format else [])
-            allowed = tolerance(names, compute, max(layer_plan.hidden_size, layer_plan.width, layer_plan.shared_width))
-            expected_TD, clear_T = reference_layer(checkpoint, by_name[layer.name], plan.router, x_TD)
-            with torch.no_grad():
-                actual_TD = layer(x_TD.to(device)).cpu().double()
-            if not clear_T.any():
-                raise VerificationError(
-                    f"layer {layer.index} (`{layer.name}`) can't be compared: its router scores experts alike for "
-                    f"all of {tokens} random tokens; is `{layer.name}` trained at all?",
-                    layer=layer.index,
-                    figure=math.nan,
-                    tolerance=allowed,
-                )
-            figure = relative_error(actual_TD[clear_T], expected_TD[clear_T])
-            if not figure <= allowed:  # also where it is NaN
-                raise VerificationError(
-                    f"layer {layer.index} (`{layer.name}`) is off by {figure:.3g} of its largest output, allowed are "
-                    f"{allowed:.3g} in {dtype_name(compute)}; the layer was loaded wrongly or its backend "
-                    f"`{layer_plan.backend}` is at fault: try --set server.moe_runner_backend=eager",
-                    layer=layer.index,
-                    figure=figure,
-                    tolerance=allowed,
-                )
-            found.append(
-                Verified(
-                    index=layer.index, name=layer.name, figure=figure, tolerance=allowed, tokens=int(clear_T.sum())
-                )
+            verifier(layer, layer_plan)
+        return verifier.verified
+
+
+class Verifier:
+    """A check for `build`: runs a layer on random tokens and compares it with the checkpoint.
+
+    `tokens` go through experts, in `dtype`; None is the sharpest that the layer's backend has on its device, float32
+    or else bfloat16. Raises `VerificationError` where a figure is beyond its tolerance or not a number.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        index: Index,
+        tensors: Sequence[MoeTensors],
+        *,
+        tokens: int = TOKENS,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._plan, self._checkpoint = plan, Checkpoint(index)
+        self._tensors = {each.name: each for each in tensors}
+        self._tokens, self._seed, self._dtype = tokens, seed, dtype
+        self._found: list[Verified] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._checkpoint.__exit__(kind, error, traceback)
+
+    @property
+    def verified(self) -> tuple[Verified, ...]:
+        """What was compared so far."""
+        return tuple(self._found)
+
+    @torch.no_grad()
+    def __call__(self, layer: MoELayer, plan: LayerPlan) -> None:
+        """Compare one layer."""
+        tensors = self._tensors[layer.name]
+        device = next(layer.parameters()).device
+        dtype = self._dtype or sharpest(plan.backend, device)
+        names = [plan.format] + ([plan.shared_format] if plan.shared_format else [])
+        allowed = tolerance(names, dtype, max(plan.hidden_size, plan.width, plan.shared_width))
+        count = max(ROUTED_TOKENS, self._tokens)
+        x_TD = random_tokens(count, plan.hidden_size, self._seed + layer.index).to(dtype)
+        strips = Strips(plan, self._plan.rank, self._seed + layer.index)
+        reference = Reference(self._checkpoint, tensors, self._plan.router, strips)
+        choices, clear_T = reference.choices(x_TD)
+        if not clear_T.any():
+            raise VerificationError(
+                f"layer {layer.index} (`{layer.name}`) can't be compared: its router scores experts alike for "
+                f"all of {count} random tokens; is `{layer.name}` trained at all?",
+                layer=layer.index,
+                figure=math.nan,
+                tolerance=allowed,
             )
-    return tuple(found)
+        x_TD = x_TD[clear_T]
+        choices = [choice for choice, clear in zip(choices, clear_T.tolist(), strict=True) if clear]
+        expected_TS = reference.weights(x_TD, choices)
+        weights_TK, ids_TK = layer.router(x_TD.to(device))
+        actual_TS = torch.zeros(expected_TS.shape, dtype=torch.float64)
+        actual_TS.scatter_add_(1, ids_TK.cpu(), weights_TK.cpu().double())
+        figure = relative_error(actual_TS, expected_TS)
+        x_TD, choices = x_TD[: self._tokens], choices[: self._tokens]
+        narrow, touched = strips.narrowed(layer, weights_TK[: self._tokens], ids_TK[: self._tokens])
+        actual_TD = narrow(x_TD.to(device)).cpu().double()
+        figure = worse(figure, relative_error(actual_TD, reference.output(x_TD, choices)))
+        if not figure <= allowed:  # also where it is NaN
+            raise VerificationError(
+                f"layer {layer.index} (`{layer.name}`) is off by {figure:.3g} of its largest output, allowed are "
+                f"{allowed:.3g} in {dtype_name(dtype)}; the layer was loaded wrongly or its backend "
+                f"`{plan.backend}` is at fault: try --set server.moe_runner_backend=eager",
+                layer=layer.index,
+                figure=figure,
+                tolerance=allowed,
+            )
+        rows = compare_rows(layer, plan, self._plan.rank, tensors, self._checkpoint, self._seed + layer.index)
+        self._found.append(
+            Verified(
+                index=layer.index,
+                name=layer.name,
+                figure=figure,
+                tolerance=allowed,
+                tokens=len(x_TD),
+                experts=touched,
+                rows=rows,
+            )
+        )
 
 
 def sharpest(backend: str, device: torch.device) -> torch.dtype:
@@ -136,30 +212,61 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
+def worse(one: float, other: float) -> float:
+    """The larger figure; what is not a number is the worst."""
+    return one if math.isnan(one) or one > other else other
+
+
 # -- the reference ------------------------------------------------------------------------------------------------
 
 
-def reference_layer(
-    checkpoint: Checkpoint, tensors: MoeTensors, router: RouterConfig, x_TD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Output of one MoE layer in float64, ``(T, D)``, and which tokens had a clear choice of experts, ``(T,)``."""
-    x_TD = x_TD.double()
-    assert tensors.router is not None
-    weight_ED = checkpoint.fetch(tensors.router.name).double()
-    bias = None if tensors.router_bias is None else checkpoint.fetch(tensors.router_bias.name).double().tolist()
-    logits = (x_TD @ weight_ED.T).tolist()
-    choices = [_choose(row, bias, router) for row in logits]
-    y_TD = torch.zeros_like(x_TD)
-    for expert in sorted({e for chosen, _ in choices for e in chosen}):
-        mlp_TD = _mlp(checkpoint, tensors.routed[expert], x_TD)
-        for token, (chosen, _) in enumerate(choices):
-            y_TD[token] += chosen.get(expert, 0.0) * mlp_TD[token]
-    if tensors.shared:
-        shared_TD = _mlp(checkpoint, tensors.shared, x_TD)
-        if tensors.shared_gate is not None:
-            shared_TD = shared_TD * torch.sigmoid(x_TD @ checkpoint.fetch(tensors.shared_gate.name).double().T)
-        y_TD += shared_TD
-    return y_TD, torch.tensor([margin > CLEAR_MARGIN for _, margin in choices])
+class Reference:
+    """One MoE layer from its raw tensors, in float64; of experts only the strips, of which it is told alone."""
+
+    def __init__(self, checkpoint: Checkpoint, tensors: MoeTensors, router: RouterConfig, strips: Strips) -> None:
+        self._checkpoint, self._tensors, self._router, self._strips = checkpoint, tensors, router, strips
+
+    def choices(self, x_TD: Tensor) -> tuple[list[dict[int, float]], Tensor]:
+        """Weights of each token's experts, and which tokens had a clear choice of them, ``(T,)``."""
+        router, bias = self._tensors.router, self._tensors.router_bias
+        assert router is not None
+        biases = None if bias is None else self._checkpoint.fetch(bias.name).double().tolist()
+        logits = (x_TD.double() @ self._checkpoint.fetch(router.name).double().T).tolist()
+        found = [_choose(row, biases, self._router) for row in logits]
+        return [chosen for chosen, _ in found], torch.tensor([margin > CLEAR_MARGIN for _, margin in found])
+
+    def weights(self, x_TD: Tensor, choices: Sequence[Mapping[int, float]]) -> Tensor:
+        """The weight of each slot that is here for each token, ``(T, slots)``."""
+        first, last = self._strips.held
+        shared_T = self._shared_weight(x_TD) * self._strips.shared_weight
+        dense_TS = torch.zeros(len(x_TD), last - first + self._strips.shared_slots, dtype=torch.float64)
+        dense_TS[:, last - first :] = shared_T.unsqueeze(-1)
+        for token, chosen in enumerate(choices):
+            for expert, weight in chosen.items():
+                if first <= expert < last:
+                    dense_TS[token, expert - first] = weight
+        return dense_TS
+
+    def output(self, x_TD: Tensor, choices: Sequence[Mapping[int, float]]) -> Tensor:
+        """``(T, D)``: what the strips of experts that are here sum up to."""
+        x_TD = x_TD.double()
+        y_TD = torch.zeros_like(x_TD)
+        first, last = self._strips.held
+        for expert in sorted({e for chosen in choices for e in chosen if first <= e < last}):
+            weight_T = torch.tensor([chosen.get(expert, 0.0) for chosen in choices], dtype=torch.float64)
+            strip = self._strips.of_routed(self._checkpoint, expert)
+            y_TD += weight_T.unsqueeze(-1) * _mlp(strip, self._tensors.routed[expert], x_TD)
+        if self._tensors.shared:
+            weight_T = self._shared_weight(x_TD) * self._strips.shared_weight
+            for strip in self._strips.of_shared(self._checkpoint):
+                y_TD += weight_T.unsqueeze(-1) * _mlp(strip, self._tensors.shared, x_TD)
+        return y_TD
+
+    def _shared_weight(self, x_TD: Tensor) -> Tensor:
+        gate = self._tensors.shared_gate
+        if gate is None:
+            return torch.ones(len(x_TD), dtype=torch.float64)
+        return torch.sigmoid(x_TD.double() @ self._checkpoint.fetch(gate.name).double()[0])
 
 
 def _choose(
@@ -196,13 +303,14 @@ def _largest(values: Mapping[int, float], count: int) -> tuple[list[int], float]
     return order[:count], (last - following) / max(abs(last), 1e-30)
 
 
-def _mlp(checkpoint: Checkpoint, projections: Mapping[str, Mapping[str, TensorInfo]], x_TD: Tensor) -> Tensor:
-    gate, up, down = (raw_weight(checkpoint, projections[each]) for each in ("gate", "up", "down"))
+def _mlp(strip: Strip, projections: Mapping[str, Mapping[str, TensorInfo]], x_TD: Tensor) -> Tensor:
+    gate, up = (raw_weight(strip.rows, projections[each]) for each in ("gate", "up"))
+    down = raw_weight(strip.columns, projections["down"])
     gated = x_TD @ gate.T
     return (gated / (1 + torch.exp(-gated)) * (x_TD @ up.T)) @ down.T
 
 
-def raw_weight(checkpoint: Checkpoint, parts: Mapping[str, TensorInfo]) -> Tensor:
+def raw_weight(checkpoint: Source, parts: Mapping[str, TensorInfo]) -> Tensor:
     """The weight that these tensors store, ``(out, in)`` in float64, worked out number by number of bits."""
     raw = {suffix: checkpoint.fetch(info.name) for suffix, info in parts.items()}
     if "weight_packed" in raw and raw["weight_packed"].dtype is torch.int32:
