@@ -18,7 +18,6 @@ from loader.filling import Filling
 from loader.formats import FORMATS
 from loader.kernels import KERNELS, Kernel
 from loader.local_router import LocalRouter
-from loader.memory import allocate
 from loader.moe import (
     Experts,
     MoELayer,
@@ -225,7 +224,7 @@ def _allocate(skeleton: _Skeleton, device: torch.device) -> None:
     for param in skeleton.plan.params:
         module, attribute = skeleton.homes[param.name]
         try:
-            memory = allocate(param.shape, param.dtype, device)
+            memory = torch.empty(param.shape, dtype=param.dtype, device=device)
         except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
             first = str(error).splitlines()[0]
             raise BuildError(f"no memory for {param.name}, {param.nbytes} bytes on {device}: {first}") from None

@@ -155,8 +155,8 @@ class Verifier:
         actual_TS.scatter_add_(1, ids_TK.cpu(), weights_TK.cpu().double())
         figure = relative_error(actual_TS, expected_TS)
         x_TD, choices = x_TD[: self._tokens], choices[: self._tokens]
-        narrow, touched = strips.narrowed(layer, weights_TK[: self._tokens], ids_TK[: self._tokens])
-        actual_TD = narrow(x_TD.to(device)).cpu().double()
+        narrow, touched = strips.narrowed(layer, x_TD.to(device))
+        actual_TD = narrow(x_TD[:, slice(*strips.hidden)].to(device)).cpu().double()
         figure = worse(figure, relative_error(actual_TD, reference.output(x_TD, choices)))
         if not figure <= allowed:  # also where it is NaN
             raise VerificationError(
@@ -248,8 +248,9 @@ class Reference:
         return dense_TS
 
     def output(self, x_TD: Tensor, choices: Sequence[Mapping[int, float]]) -> Tensor:
-        """``(T, D)``: what the strips of experts that are here sum up to."""
-        x_TD = x_TD.double()
+        """What the strips of experts that are here sum up to, as wide as the strip of the hidden size."""
+        shared_T = self._shared_weight(x_TD) * self._strips.shared_weight
+        x_TD = x_TD[:, slice(*self._strips.hidden)].double()
         y_TD = torch.zeros_like(x_TD)
         first, last = self._strips.held
         for expert in sorted({e for chosen in choices for e in chosen if first <= e < last}):
@@ -257,9 +258,8 @@ class Reference:
             strip = self._strips.of_routed(self._checkpoint, expert)
             y_TD += weight_T.unsqueeze(-1) * _mlp(strip, self._tensors.routed[expert], x_TD)
         if self._tensors.shared:
-            weight_T = self._shared_weight(x_TD) * self._strips.shared_weight
             for strip in self._strips.of_shared(self._checkpoint):
-                y_TD += weight_T.unsqueeze(-1) * _mlp(strip, self._tensors.shared, x_TD)
+                y_TD += shared_T.unsqueeze(-1) * _mlp(strip, self._tensors.shared, x_TD)
         return y_TD
 
     def _shared_weight(self, x_TD: Tensor) -> Tensor:
@@ -306,8 +306,13 @@ def _largest(values: Mapping[int, float], count: int) -> tuple[list[int], float]
 def _mlp(strip: Strip, projections: Mapping[str, Mapping[str, TensorInfo]], x_TD: Tensor) -> Tensor:
     gate, up = (raw_weight(strip.rows, projections[each]) for each in ("gate", "up"))
     down = raw_weight(strip.columns, projections["down"])
-    gated = x_TD @ gate.T
-    return (gated / (1 + torch.exp(-gated)) * (x_TD @ up.T)) @ down.T
+    gated = _times(x_TD, gate)
+    return _times(gated / (1 + torch.exp(-gated)) * _times(x_TD, up), down)
+
+
+def _times(x_TD: Tensor, weight_FD: Tensor) -> Tensor:
+    """``x @ weight.T`` without BLAS, whose threads wait for each other longer than a strip takes."""
+    return (x_TD.unsqueeze(1) * weight_FD).sum(-1)
 
 
 def raw_weight(checkpoint: Source, parts: Mapping[str, TensorInfo]) -> Tensor:
