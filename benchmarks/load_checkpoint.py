@@ -40,9 +40,9 @@ class Shape:
 SHAPES = {
     "int4": Shape(family="kimi_k2", format_name="int4_g32", experts=96, layers=2),
     "bf16": Shape(family="deepseek_v3", format_name="bf16", experts=24, layers=2),
-    "kimi_k25": Shape(family="kimi_k2", format_name="int4_g32", experts=384, layers=3),
+    "kimi_k25": Shape(family="kimi_k2", format_name="int4_g32", experts=384, layers=4),
 }
-"""4.8 GB, 4.4 GB, and for a GPU 28.6 GB in layers as large as Kimi-K2.5's."""
+"""4.8 GB, 4.4 GB, and for a GPU 38.1 GB in layers as large as Kimi-K2.5's."""
 
 
 def checkpoint(cache: Path, shape: Shape) -> Path:

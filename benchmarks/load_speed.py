@@ -135,7 +135,7 @@ def lines(state: str, rows: Mapping[str, Mapping[str, Any]], device: str) -> lis
 def main() -> None:
     """Print the tables; write the figures as JSON too where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cache", type=Path, help="folder for the checkpoints, 5 GB each (kimi_k25: 29 GB)")
+    parser.add_argument("cache", type=Path, help="folder for the checkpoints, 5 GB each (kimi_k25: 38 GB)")
     parser.add_argument("--shape", choices=list(SHAPES), action="append", help="default: int4 and bf16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
