@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from loader.load import load_moe, prepare
     from loader.make_checkpoint import Recipe, make_checkpoint
     from loader.moe import MoELayer, RouterConfig
-    from loader.plan import LayerPlan, Placement, Plan
+    from loader.plan import LayerPlan, Placement, Plan, Rank
     from loader.planner import build_plan
-    from loader.verify import Verified, agreement, verify
+    from loader.rank import plan_of_rank
+    from loader.verify import Verified, Verifier, agreement, verify
 
 __all__ = [
     "BuildError",
@@ -29,16 +30,19 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanFault",
+    "Rank",
     "Recipe",
     "RouterConfig",
     "StaleDecisionError",
     "VerificationError",
     "Verified",
+    "Verifier",
     "agreement",
     "build",
     "build_plan",
     "load_moe",
     "make_checkpoint",
+    "plan_of_rank",
     "prepare",
     "verify",
 ]
@@ -49,9 +53,10 @@ _HOMES = {
     "load": ("load_moe", "prepare"),
     "make_checkpoint": ("Recipe", "make_checkpoint"),
     "moe": ("MoELayer", "RouterConfig"),
-    "plan": ("LayerPlan", "Placement", "Plan"),
+    "plan": ("LayerPlan", "Placement", "Plan", "Rank"),
     "planner": ("build_plan",),
-    "verify": ("Verified", "agreement", "verify"),
+    "rank": ("plan_of_rank",),
+    "verify": ("Verified", "Verifier", "agreement", "verify"),
 }
 
 

@@ -33,9 +33,14 @@ class _Use(NamedTuple):
 class Ledger:
     """Collects what was written and used, and says what is wrong with the sum."""
 
-    def __init__(self, slots: Mapping[Slot, int], tensors: Mapping[str, tuple[int, ...]]) -> None:
-        """`slots`: every slot to its number of rows. `tensors`: every tensor that must be used, to its shape."""
-        self._slots, self._tensors = slots, tensors
+    def __init__(
+        self, slots: Mapping[Slot, int], tensors: Mapping[str, tuple[int, ...]], *, whole: bool = True
+    ) -> None:
+        """`slots`: every slot to its number of rows. `tensors`: every tensor that must be used, to its shape.
+
+        `whole` false: one rank's share, for which blocks of tensors are enough, still none of them twice.
+        """
+        self._slots, self._tensors, self._whole = slots, tensors, whole
         self._written: dict[Slot, list[tuple[Span, str]]] = defaultdict(list)
         self._used: dict[str, list[_Use]] = defaultdict(list)
 
@@ -89,11 +94,11 @@ class Ledger:
             if len(uses) > 1:
                 yield f"is used {len(uses)} times"
         else:
-            yield from _tiling(uses, shape)
+            yield from _tiling(uses, shape, self._whole)
 
 
-def _tiling(uses: Sequence[_Use], shape: tuple[int, ...]) -> Iterable[str]:
-    """Whether disjoint uses cover a tensor, or a vector as a column: all of its elements, and none twice."""
+def _tiling(uses: Sequence[_Use], shape: tuple[int, ...], whole: bool) -> Iterable[str]:
+    """Whether disjoint uses lie in a tensor, or a vector as a column, none twice, and if `whole` cover all of it."""
     areas: dict[int | None, list[tuple[range, Span]]] = defaultdict(list)
     for use in uses:
         areas[None if use.view is None else use.view.item].append(_area(use, shape))
@@ -104,8 +109,17 @@ def _tiling(uses: Sequence[_Use], shape: tuple[int, ...]) -> Iterable[str]:
                 if _overlap(columns, other_columns) and (twice := _shared_row(rows, other_rows)) is not None:
                     yield f"has a block that is used twice, at row {twice}{where}"
     used = sum(len(rows) * (columns[1] - columns[0]) for parts in areas.values() for rows, columns in parts)
-    if used != prod(shape) or (None in areas and len(shape) > 2):
+    outside = [
+        ((rows.start, rows.stop), columns) for rows, columns in areas.get(None, ()) if _is_outside(rows, columns, shape)
+    ]
+    if outside:
+        yield f"of shape {list(shape)} has no such block: {outside}"
+    elif (whole and used != prod(shape)) or (None in areas and len(shape) > 2):
         yield f"of shape {list(shape)} is used in part: {used} elements"
+
+
+def _is_outside(rows: range, columns: Span, shape: tuple[int, ...]) -> bool:
+    return rows.stop > (shape[0] if shape else 1) or columns[1] > prod(shape[1:])
 
 
 def _area(use: _Use, shape: tuple[int, ...]) -> tuple[range, Span]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gatekeeper import Index
-from loader.accounts import Ledger, Slot
+from loader.accounts import Slot
 from loader.activation import ExpertConfig
-from loader.checkpoint import Checkpoint, dtype_name
+from loader.checkpoint import Checkpoint
 from loader.errors import BuildError
+from loader.filling import Filling
 from loader.formats import Layout
 from loader.kernels import KERNELS
+from loader.local_router import LocalRouter
 from loader.moe import (
     Experts,
     MoELayer,
@@ -26,9 +29,8 @@ from loader.moe import (
     SharedSlotRouter,
     empty_parameter,
 )
-from loader.plan import LayerPlan, Placement, Plan
-
-MAX_SHOWN = 20
+from loader.plan import LayerPlan, Plan
+from loader.transfer import Transfers
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +47,116 @@ class _Skeleton:
         assert isinstance(parameter, nn.Parameter)
         return parameter
 
+    def slots(self) -> dict[Slot, int]:
+        """Every slot of the parameters that were really allocated, to its rows."""
+        slots: dict[Slot, int] = {}
+        for name, (module, _) in self.homes.items():
+            shape = self.parameter(name).shape
+            if isinstance(module, Experts):
+                slots |= {(name, expert): shape[1] for expert in range(shape[0])}
+            else:
+                slots[name, None] = shape[0]
+        return slots
 
-def build(plan: Plan, index: Index, device: torch.device | str = "cpu") -> tuple[MoELayer, ...]:
+
+Check = Callable[[MoELayer, LayerPlan], None]
+"""Called with each layer once it is filled, from a thread of its own; what it raises ends the load."""
+
+
+def build(
+    plan: Plan,
+    index: Index,
+    device: torch.device | str = "cpu",
+    *,
+    threads: int | None = None,
+    moved: Callable[[int], None] = lambda _: None,
+    check: Check | None = None,
+) -> tuple[MoELayer, ...]:
     """Build the layers of `plan` on `device`, from the tensors of `index`.
 
-    One tensor at a time is read, so that the peak is the model and one tensor. Raises `BuildError` (everything that
-    does not add up) or `CheckpointError` (a file that can't be read); after either, no memory is left allocated.
+    `threads` (None: one a core, at most 16) read straight into the layers' memory, so that the peak is the layers and
+    a few MiB a thread; `moved` is told the bytes that have arrived, from those threads; `check` looks at each layer
+    while the next one is read. Raises `BuildError` (everything that does not add up), `CheckpointError` (a file that
+    can't be read) or what `check` raises; after any of them, no memory is left allocated.
     """
     where = _device(device)
     skeletons = [assemble(layer, plan.router, plan.experts) for layer in plan.layers]
+    started = time.perf_counter()
     try:
-        with Checkpoint(index) as checkpoint:
-            for skeleton in skeletons:
-                _allocate(skeleton, where)
-                _fill(skeleton, checkpoint)
+        with (
+            Checkpoint(index) as checkpoint,
+            ThreadPoolExecutor(1, "check") as checker,
+            Transfers(checkpoint, where, threads=threads) as transfers,
+        ):
+            _fill_all(skeletons, where, checkpoint, transfers, moved, check and _Checks(checker, check))
     except BaseException:
         # INVARIANT: a failed build holds no memory, even while its traceback keeps these frames alive.
         for skeleton in skeletons:
             _release(skeleton)
         raise
+    _log_finished(plan, where, time.perf_counter() - started)
     return tuple(skeleton.layer for skeleton in skeletons)
+
+
+class _Checks:
+    """Runs a check beside the load and brings its errors back."""
+
+    def __init__(self, pool: ThreadPoolExecutor, check: Check) -> None:
+        self._pool, self._check = pool, check
+        self._started: list[Future[None]] = []
+
+    def start(self, skeleton: _Skeleton) -> None:
+        self._started.append(self._pool.submit(self._check, skeleton.layer, skeleton.plan))
+        self.collect([future for future in self._started if future.done()])
+
+    def collect(self, futures: Sequence[Future[None]] | None = None) -> None:
+        for future in self._started if futures is None else futures:
+            future.result()
+
+
+def _fill_all(
+    skeletons: Sequence[_Skeleton],
+    device: torch.device,
+    checkpoint: Checkpoint,
+    transfers: Transfers,
+    moved: Callable[[int], None],
+    checks: _Checks | None,
+) -> None:
+    """Layer after layer; while one is waited for, the next one's transfers are already queued."""
+    names = sorted(checkpoint.index.tensors)
+    under_way: list[tuple[_Skeleton, Filling, Callable[[], None]]] = []
+
+    def finish_first() -> None:
+        skeleton, filling, arrived = under_way.pop(0)
+        arrived()
+        filling.account()
+        if checks:
+            checks.start(skeleton)
+
+    for skeleton in skeletons:
+        _allocate(skeleton, device)
+        filling = Filling(skeleton.plan, skeleton.slots(), checkpoint.index, skeleton.parameter, names)
+        under_way.append((skeleton, filling, transfers.start(filling.transfers, moved)))
+        if len(under_way) > 1:
+            finish_first()
+    while under_way:
+        finish_first()
+    if checks:
+        checks.collect()
+
+
+def _log_finished(plan: Plan, device: torch.device, seconds: float) -> None:
+    import structlog
+
+    structlog.get_logger("loader").info(
+        "load.finished",
+        runner=plan.runner,
+        layers=len(plan.layers),
+        device=str(device),
+        bytes=plan.nbytes,
+        seconds=round(seconds, 3),
+        gb_per_second=round(plan.nbytes / 1e9 / max(seconds, 1e-9), 3),
+    )
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -115,7 +207,9 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Sk
     shared = None
     if plan.shared == "separate" and plan.shared_layout is not None:
         shared = SharedExpert(stack("shared", plan.shared_layout, 1, plan.shared_width), gate)
-    chooser = SharedSlotRouter(routing, plan.n_shared, gate) if plan.shared == "slot" else routing
+    chooser: nn.Module = SharedSlotRouter(routing, plan.n_shared, gate) if plan.shared == "slot" else routing
+    if plan.held is not None:
+        chooser = LocalRouter(chooser, plan.held, plan.n_routed, plan.shared_weight)
     layer = MoELayer(index=plan.index, name=plan.name, router=chooser, experts=experts, shared=shared)
     skeleton = _Skeleton(layer, plan, {base + name: home for name, home in homes.items()})
     declared = {name: (tuple(p.shape), p.dtype) for name in skeleton.homes for p in [skeleton.parameter(name)]}
@@ -140,62 +234,3 @@ def _release(skeleton: _Skeleton) -> None:
         parameter = skeleton.parameter(name)
         if parameter.device.type != "meta":
             parameter.untyped_storage().resize_(0)
-
-
-def _fill(skeleton: _Skeleton, checkpoint: Checkpoint) -> None:
-    plan, tensors = skeleton.plan, checkpoint.index.tensors
-    inside = {name: info.shape for name, info in tensors.items() if name.startswith(f"{plan.name}.")}
-    named = {key: tensors[key].shape for key in _keys(plan) if key in tensors}
-    ledger = Ledger(_slots(skeleton), inside | named)
-    problems: list[str] = []
-    by_key: dict[str, list[Placement]] = defaultdict(list)
-    for placement in plan.placements:
-        by_key[placement.key].append(placement)
-    # In the order of the files, so that each shard is read once from front to back.
-    for key in sorted(by_key, key=lambda k: (tensors[k].shard, tensors[k].start) if k in tensors else ("", 0)):
-        tensor = checkpoint.fetch(key)
-        for placement in by_key[key]:
-            problems += _copy(skeleton, placement, tensor, ledger)
-    for note in plan.notes:
-        found = checkpoint.fetch(note.key).tolist()
-        ledger.read(note.key)
-        if found != list(note.shape):
-            problems.append(f"`{note.key}` says {found}, the weight is {list(note.shape)}")
-    for key in plan.unused:
-        ledger.read(key)
-    problems += ledger.faults()
-    if problems:
-        shown = problems[:MAX_SHOWN] + ([f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else [])
-        raise BuildError(f"layer {plan.index} does not add up:\n" + "\n".join(f"  {line}" for line in shown))
-
-
-def _keys(plan: LayerPlan) -> Sequence[str]:
-    return [placement.key for placement in plan.placements] + [note.key for note in plan.notes] + list(plan.unused)
-
-
-def _slots(skeleton: _Skeleton) -> dict[Slot, int]:
-    """Every slot of the parameters that were really allocated, to its rows."""
-    slots: dict[Slot, int] = {}
-    for name, (module, _) in skeleton.homes.items():
-        shape = skeleton.parameter(name).shape
-        if isinstance(module, Experts):
-            slots |= {(name, expert): shape[1] for expert in range(shape[0])}
-        else:
-            slots[name, None] = shape[0]
-    return slots
-
-
-def _copy(skeleton: _Skeleton, placement: Placement, tensor: Tensor, ledger: Ledger) -> list[str]:
-    """Fill one place; what does not fit is not copied and returned as a problem."""
-    parameter = skeleton.parameter(placement.param)
-    slot = parameter.data if placement.expert is None else parameter.data[placement.expert]
-    rows = slot[placement.rows[0] : placement.rows[1]]
-    block = placement.cut(tensor, rows.dim())
-    # Tensor.copy_ casts between any two dtypes and broadcasts, both in silence.
-    if block.shape != rows.shape or block.dtype != rows.dtype:
-        ours, theirs = (f"{list(t.shape)} {dtype_name(t.dtype)}" for t in (rows, block))
-        return [f"`{placement.key}` is {theirs}, its place in {placement.param} {ours}"]
-    rows.copy_(block)
-    slot_written = (placement.param, placement.expert)
-    ledger.write(slot_written, placement.rows, placement.key, placement.source, placement.again, placement.view)
-    return []

@@ -68,6 +68,14 @@ def target_options(command: F) -> F:
     return command
 
 
+rank_option = click.option(
+    "--rank",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Only the share of rank N of parallel.tp_size and parallel.ep_size.",
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """What one command works on."""
@@ -101,6 +109,7 @@ def _target(
 
 @group.command("plan", short_help="Show which tensor goes to which slot, and the bytes.")
 @target_options
+@rank_option
 @click.option("--tensors", is_flag=True, help="List every placement, too.")
 @click.option("--memory", metavar="SIZE", help="Memory of one device, such as 80GiB; default: that of --platform.")
 @click.pass_context
@@ -114,6 +123,7 @@ def plan_command(
     overlays: tuple[Path, ...],
     strict: bool,
     as_json: bool,
+    rank: int | None,
     tensors: bool,
     memory: str | None,
 ) -> None:
@@ -132,7 +142,7 @@ def plan_command(
     source = "--memory"
     for facts, decisions in decided:
         pending |= _is_pending(decisions)
-        plan = plan_target(checkpoint, decisions, target.rules, facts)
+        plan = plan_target(checkpoint, decisions, target.rules, facts, rank)
         plans.append(plan)
         if device_bytes is None and isinstance(known := facts.values.get("platform.memory_bytes"), int):
             device_bytes, source = known, facts.reading("platform.memory_bytes").witness
@@ -177,8 +187,9 @@ def _fit(
 
 @group.command("load", short_help="Load the layers, and compare them with the checkpoint.")
 @target_options
+@rank_option
 @click.option("--device", default="cpu", show_default=True, help="Where the layers go: cpu, cuda, cuda:1.")
-@click.option("--verify", "verifies", is_flag=True, help="Compare each layer's output with the checkpoint's.")
+@click.option("--verify", "verifies", is_flag=True, help="Compare each layer with the checkpoint while loading.")
 @click.pass_context
 def load_command(
     context: click.Context,
@@ -190,24 +201,24 @@ def load_command(
     overlays: tuple[Path, ...],
     strict: bool,
     as_json: bool,
+    rank: int | None,
     device: str,
     verifies: bool,
 ) -> None:
     """Decide, plan and load; exit 1 with every reason if a slot or a tensor is left over."""
     target = _target(checkpoint, platform, settings, runner, rules_folder, overlays)
     decided = list(target.decided())
-    from loader.build import build  # torch takes a second: what can't be read is refused before
-    from loader.load import prepare
+    from loader.load import load_prepared, prepare  # torch takes a second: what can't be read is refused before
+    from loader.progress import progress
     from loader.text import count
-    from loader.verify import verify
 
     answers: list[dict[str, Any]] = []
     pending = False
     for facts, decisions in decided:
         pending |= _is_pending(decisions)
-        prepared = prepare(checkpoint, decisions, target.rules, facts)
-        layers = build(prepared.plan, prepared.index, device)
-        found = verify(layers, prepared.plan, prepared.index, prepared.tensors) if verifies else ()
+        prepared = prepare(checkpoint, decisions, target.rules, facts, rank)
+        with progress(prepared.plan.nbytes, facts.runner) as moved:
+            layers, found = load_prepared(prepared, device, verifies=verifies, moved=moved)
         if as_json:
             answer = _answer(facts.runner, decisions) | {"plan": prepared.plan.as_json(), "device": device}
             answers.append(answer | {"verified": [asdict(one) for one in found] if verifies else None})
@@ -220,7 +231,8 @@ def load_command(
             worst = max(found, key=lambda one: one.figure / one.tolerance)
             click.echo(
                 f"  verified {count(len(found), 'layer')} against the checkpoint: at most {worst.figure:.1e} off "
-                f"(layer {worst.index}; allowed {worst.tolerance:.1e})"
+                f"(layer {worst.index}; allowed {worst.tolerance:.1e}), "
+                f"{count(sum(one.rows for one in found), 'row')} byte by byte"
             )
     if as_json:
         _print_json({"checkpoint": checkpoint, "runners": answers})

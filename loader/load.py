@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from loader.moe import MoELayer
 from loader.obey import require_fresh
 from loader.plan import Plan
 from loader.planner import build_plan, runner_layers
+from loader.rank import plan_of_rank
+from loader.verify import Verified, Verifier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +47,17 @@ class Prepared:
 
 
 def prepare(
-    folder: Path | str, decisions: Decisions, rules: RuleSet | None = None, facts: Facts | None = None
+    folder: Path | str,
+    decisions: Decisions,
+    rules: RuleSet | None = None,
+    facts: Facts | None = None,
+    rank: int | None = None,
 ) -> Prepared:
     """Read the headers of `folder`, compare them with what `decisions` rest on, and plan; allocates nothing.
 
     `rules` is the rule set that knows the family (the shipped one by default). The facts of the checkpoint are read
-    anew; `facts` are those the decisions were made from and give the parallel sizes for the plan's bytes. Raises
+    anew; `facts` are those the decisions were made from and give the parallel sizes for the plan's bytes, and for the
+    share of one `rank` (None: all of every layer). Raises
     `RefusedError` (a decision is an error, or asked for and pending), `StaleDecisionError`, `CheckpointError`,
     `FactError` and `PlanError`.
     """
@@ -63,20 +70,50 @@ def prepare(
         raise CheckpointError(f"`{folder}` has no *.safetensors; the loader needs weights, not a config.json alone")
     family = family_of(rules, fresh, folder)
     plan = build_plan(index, family, facts or fresh, decisions, rules.formats)
+    if rank is not None:
+        plan = plan_of_rank(plan, rank, plan.per_rank.tp_size, plan.per_rank.ep_size)
     return Prepared(facts=facts or fresh, family=family, index=index, plan=plan)
 
 
 def load_moe(
-    folder: Path | str, decisions: Decisions, device: torch.device | str = "cpu", rules: RuleSet | None = None
+    folder: Path | str,
+    decisions: Decisions,
+    device: torch.device | str = "cpu",
+    rules: RuleSet | None = None,
+    *,
+    facts: Facts | None = None,
+    rank: int | None = None,
 ) -> tuple[MoELayer, ...]:
     """Load the MoE layers that `decisions.runner` loads from a checkpoint folder, as the decisions say.
+
+    With `rank`, only that rank's share of the ``parallel.tp_size`` and ``parallel.ep_size`` of `facts` is read and
+    allocated, and the sum of all ranks' outputs is the layer's.
 
     Returns one module a layer, by layer index, in evaluation form: ``layer(x)`` maps ``(..., D)`` to the same shape.
     Every slot is written exactly once and every expert tensor is used, or it is an error and nothing stays allocated;
     errors are those of `prepare`, and `BuildError`.
     """
-    prepared = prepare(folder, decisions, rules)
-    return build(prepared.plan, prepared.index, device)
+    return load_prepared(prepare(folder, decisions, rules, facts, rank), device)[0]
+
+
+def load_prepared(
+    prepared: Prepared,
+    device: torch.device | str = "cpu",
+    *,
+    verifies: bool = False,
+    threads: int | None = None,
+    moved: Callable[[int], None] = lambda _: None,
+) -> tuple[tuple[MoELayer, ...], tuple[Verified, ...]]:
+    """Build the layers of a plan, each compared with the checkpoint while the next one is read if `verifies`.
+
+    A layer that differs ends the load with `VerificationError`, and nothing stays allocated.
+    """
+    plan, index = prepared.plan, prepared.index
+    if not verifies:
+        return build(plan, index, device, threads=threads, moved=moved), ()
+    with Verifier(plan, index, prepared.tensors) as verifier:
+        layers = build(plan, index, device, threads=threads, moved=moved, check=verifier)
+        return layers, verifier.verified
 
 
 def runner_of(decisions: Mapping[str, Decision]) -> Runner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -89,6 +89,33 @@ class ShapeNote:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rank:
+    """Which share of every layer a plan is for."""
+
+    index: int
+    """5 of 8"""
+    tp_size: int
+    """Ranks in all: 8."""
+    ep_size: int
+    """Groups of ranks that hold other experts: 2."""
+
+    @property
+    def moe_tp_size(self) -> int:
+        """Slices that an expert's width is cut into: 4."""
+        return self.tp_size // self.ep_size
+
+    @property
+    def moe_tp_rank(self) -> int:
+        """Which of them is here: 1."""
+        return self.index % self.moe_tp_size
+
+    def experts(self, n_routed: int) -> Span:
+        """The routed experts of this rank's group, of `n_routed`: (192, 384)."""
+        group = self.index // self.moe_tp_size
+        return n_routed * group // self.ep_size, n_routed * (group + 1) // self.ep_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
     """One MoE layer."""
 
@@ -128,6 +155,10 @@ class LayerPlan:
     """Tensors that are only compared."""
     unused: tuple[str, ...] = ()
     """Tensors that a layer's weights have no use for, by name: scales of quantized activations."""
+    held: Span | None = None
+    """Routed experts in the stack, on a rank that has some of them: (192, 384); None: all."""
+    shared_weight: float = 1.0
+    """Weight of shared experts in slots that several ranks have: 1 / ep."""
 
     @property
     def format(self) -> str:
@@ -142,11 +173,12 @@ class LayerPlan:
     @property
     def n_slots(self) -> int:
         """Experts in the stack: routed ones and fused shared ones."""
-        return self.n_routed + (self.n_shared if self.shared == "slot" else 0)
+        first, last = self.held or (0, self.n_routed)
+        return last - first + (self.n_shared if self.shared == "slot" else 0)
 
     @property
     def nbytes(self) -> int:
-        """Memory of the layer on one device that holds all of it."""
+        """Memory of the layer on a device that holds all that this plan has."""
         return sum(param.nbytes for param in self.params)
 
     def part_bytes(self, kind: Literal["experts", "shared", "routers"]) -> int:
@@ -174,6 +206,8 @@ class Plan:
     """What the shared experts in slots cost and save."""
     source: Literal["headers", "config"] = "headers"
     """Where names, dtypes and shapes are from: safetensors headers, or config.json alone."""
+    rank: Rank | None = None
+    """The rank that this is for; None: all of every layer."""
 
     @property
     def nbytes(self) -> int:
@@ -193,6 +227,7 @@ class Plan:
             "source": self.source,
             "bytes": self.nbytes,
             "bytes_per_rank": self.per_rank.as_json(),
+            "rank": None if self.rank is None else asdict(self.rank),
             "fusion": self.fusion.as_json(),
             "layers": [_layer_json(layer, tensors) for layer in self.layers],
         }
@@ -206,7 +241,8 @@ class Plan:
             yield f"  {'layer' if len(indices) == 1 else 'layers'} {ranges(indices)}: {text}"
         if unused := sum(len(layer.unused) for layer in self.layers):
             yield f"  {count(unused, 'tensor')} of quantized activations not used: only weights are quantized here"
-        yield f"  {n} placements, {human(self.nbytes)} in all; {self.per_rank.text()}"
+        whose = "in all" if self.rank is None else f"on rank {self.rank.index}"
+        yield f"  {n} placements, {human(self.nbytes)} {whose}; {self.per_rank.text()}"
         yield f"  {self.fusion.text()}"
 
 

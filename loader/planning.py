@@ -4,16 +4,33 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
-from gatekeeper import CheckpointError, Decisions, Facts, RuleSet, announced_index, load_rules, read_facts, read_index
+from gatekeeper import (
+    CheckpointError,
+    Decisions,
+    Facts,
+    Family,
+    Index,
+    RuleSet,
+    announced_index,
+    load_rules,
+    read_facts,
+    read_index,
+)
 from loader.load import family_of, runner_of
 from loader.obey import require_fresh
 from loader.plan import Plan
 from loader.planner import build_plan
+from loader.rank import plan_of_rank
 
 
 def plan_target(
-    target: Path | str, decisions: Decisions, rules: RuleSet | None = None, facts: Facts | None = None
+    target: Path | str,
+    decisions: Decisions,
+    rules: RuleSet | None = None,
+    facts: Facts | None = None,
+    rank: int | None = None,
 ) -> Plan:
     """Plan a checkpoint folder or a config.json; reads headers where there are some, and never a weight.
 
@@ -27,10 +44,15 @@ def plan_target(
     facts, family = facts or fresh, family_of(rules, fresh, target)
     path = Path(target)
     index = read_index(path) if path.is_dir() else None
-    if index is not None:
-        return build_plan(index, family, facts, decisions, rules.formats)
+    source: Literal["headers", "config"] = "headers"
+    if index is None:
+        index, source = _announced(path, facts, fresh, family, rules), "config"
+    plan = replace(build_plan(index, family, facts, decisions, rules.formats), source=source)
+    return plan if rank is None else plan_of_rank(plan, rank, plan.per_rank.tp_size, plan.per_rank.ep_size)
+
+
+def _announced(path: Path, facts: Facts, fresh: Facts, family: Family, rules: RuleSet) -> Index:
     if facts.runner_layers is None:
-        raise CheckpointError(f"`{target}`: {fresh.layers_note or 'which layers have experts is unknown'}")
+        raise CheckpointError(f"`{path}`: {fresh.layers_note or 'which layers have experts is unknown'}")
     config = path / "config.json" if path.is_dir() else path
-    index = announced_index(config, facts.runner_layers, facts.values, family, rules.formats)
-    return replace(build_plan(index, family, facts, decisions, rules.formats), source="config")
+    return announced_index(config, facts.runner_layers, facts.values, family, rules.formats)

@@ -2,6 +2,18 @@
 
 The reference reads raw tensors, one expert at a time, in float64; it shares no arithmetic with `loader.formats`,
 `loader.moe` or the kernels, and knows nothing of plans and slots.
+
+What is compared, so that it costs little beside the load:
+
+- **The router** on all tokens: every weight of every chosen expert.
+- **A few tokens through the layer**, cut to a narrow strip of each expert they chose (`loader.narrow`): SwiGLU is
+  separable over the intermediate, so that a strip is an expert of its own. It finds what is wrong with the arithmetic
+  (packing, scales, gate and up, the weight of the shared expert) and with any slot a token chose, in any format.
+- **One row of every tensor of every slot**, byte by byte (`loader.spots`): a slot swapped, never written or shifted,
+  also where no token came by.
+
+What it can't find: single bytes that differ elsewhere. That each row of each slot was filled, from the right place, is
+what the ledger guarantees; the bytes themselves are the file system's.
 """
 
 from __future__ import annotations
@@ -9,6 +21,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -19,9 +33,14 @@ from loader.checkpoint import Checkpoint, dtype_name
 from loader.errors import VerificationError
 from loader.formats import FORMATS
 from loader.moe import MoELayer, RouterConfig
-from loader.plan import Plan
+from loader.narrow import Cut, Strip, Strips
+from loader.plan import LayerPlan, Plan
+from loader.spots import compare_rows
 
-TOKENS = 16
+ROUTED_TOKENS = 16
+"""Tokens that go through the router."""
+TOKENS = 2
+"""Those of them that go through experts too: at top 8, up to 16 experts and the shared one."""
 CLEAR_MARGIN = 1e-5
 """Scores that differ by a smaller part may be ranked either way in float32; such tokens are not compared."""
 
@@ -40,6 +59,10 @@ class Verified:
     """What the figure may be at most."""
     tokens: int
     """Tokens compared."""
+    experts: int
+    """Experts that they went through."""
+    rows: int
+    """Rows compared byte by byte, one of every tensor in every slot."""
 
 
 def tolerance(formats: Iterable[str], dtype: torch.dtype, widest: int, experts: ExpertConfig | None = None) -> float:
@@ -62,49 +85,102 @@ def verify(
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Verified, ...]:
-    """Run each layer on random tokens and compare with the reference computed from `tensors` of `index`.
-
-    In `dtype`; None is the sharpest that the layer's backend has on its device, float32 or else bfloat16.
-
-    Raises `VerificationError` at the first layer whose figure is beyond its tolerance or not a number.
-    """
-    found = []
-    by_name = {each.name: each for each in tensors}
-    with Checkpoint(index) as checkpoint:
+    """Compare each of `layers` with `tensors` of `index`; see `Verifier`, which does the same while loading."""
+    with Verifier(plan, index, tensors, tokens=tokens, seed=seed, dtype=dtype) as verifier:
         for layer, layer_plan in zip(layers, plan.layers, strict=True):
-            device = next(layer.parameters()).device
-            compute = dtype or sharpest(layer_plan.backend, device)
-            x_TD = random_tokens(tokens, layer_plan.hidden_size, seed + layer.index).to(compute)
-            names = [layer_plan.format] + ([layer_plan.shared_format] if layer_plan.shared_format else [])
-            widest = max(layer_plan.hidden_size, layer_plan.width, layer_plan.shared_width)
-            allowed = tolerance(names, compute, widest, plan.experts)
-            expected_TD, clear_T = reference_layer(checkpoint, by_name[layer.name], plan.router, plan.experts, x_TD)
-            with torch.no_grad():
-                actual_TD = layer(x_TD.to(device)).cpu().double()
-            if not clear_T.any():
-                raise VerificationError(
-                    f"layer {layer.index} (`{layer.name}`) can't be compared: its router scores experts alike for "
-                    f"all of {tokens} random tokens; is `{layer.name}` trained at all?",
-                    layer=layer.index,
-                    figure=math.nan,
-                    tolerance=allowed,
-                )
-            figure = relative_error(actual_TD[clear_T], expected_TD[clear_T])
-            if not figure <= allowed:  # also where it is NaN
-                raise VerificationError(
-                    f"layer {layer.index} (`{layer.name}`) is off by {figure:.3g} of its largest output, allowed are "
-                    f"{allowed:.3g} in {dtype_name(compute)}; the layer was loaded wrongly or its backend "
-                    f"`{layer_plan.backend}` is at fault: try --set server.moe_runner_backend=eager",
-                    layer=layer.index,
-                    figure=figure,
-                    tolerance=allowed,
-                )
-            found.append(
-                Verified(
-                    index=layer.index, name=layer.name, figure=figure, tolerance=allowed, tokens=int(clear_T.sum())
-                )
+            verifier(layer, layer_plan)
+        return verifier.verified
+
+
+class Verifier:
+    """A check for `build`: runs a layer on random tokens and compares it with the checkpoint.
+
+    `tokens` go through experts, in `dtype`; None is the sharpest that the layer's backend has on its device, float32
+    or else bfloat16. Raises `VerificationError` where a figure is beyond its tolerance or not a number.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        index: Index,
+        tensors: Sequence[MoeTensors],
+        *,
+        tokens: int = TOKENS,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._plan, self._checkpoint = plan, Checkpoint(index)
+        self._tensors = {each.name: each for each in tensors}
+        self._tokens, self._seed, self._dtype = tokens, seed, dtype
+        self._found: list[Verified] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._checkpoint.__exit__(kind, error, traceback)
+
+    @property
+    def verified(self) -> tuple[Verified, ...]:
+        """What was compared so far."""
+        return tuple(self._found)
+
+    @torch.no_grad()
+    def __call__(self, layer: MoELayer, plan: LayerPlan) -> None:
+        """Compare one layer."""
+        tensors = self._tensors[layer.name]
+        device = next(layer.parameters()).device
+        dtype = self._dtype or sharpest(plan.backend, device)
+        names = [plan.format] + ([plan.shared_format] if plan.shared_format else [])
+        widest = max(plan.hidden_size, plan.width, plan.shared_width)
+        allowed = tolerance(names, dtype, widest, self._plan.experts)
+        count = max(ROUTED_TOKENS, self._tokens)
+        x_TD = random_tokens(count, plan.hidden_size, self._seed + layer.index).to(dtype)
+        strips = Strips(plan, self._plan.rank, self._seed + layer.index)
+        reference = Reference(self._checkpoint, tensors, self._plan, strips)
+        choices, clear_T = reference.choices(x_TD)
+        if not clear_T.any():
+            raise VerificationError(
+                f"layer {layer.index} (`{layer.name}`) can't be compared: its router scores experts alike for "
+                f"all of {count} random tokens; is `{layer.name}` trained at all?",
+                layer=layer.index,
+                figure=math.nan,
+                tolerance=allowed,
             )
-    return tuple(found)
+        x_TD = x_TD[clear_T]
+        choices = [choice for choice, clear in zip(choices, clear_T.tolist(), strict=True) if clear]
+        expected_TS = reference.weights(x_TD, choices)
+        weights_TK, ids_TK = layer.router(x_TD.to(device))
+        actual_TS = torch.zeros(expected_TS.shape, dtype=torch.float64)
+        actual_TS.scatter_add_(1, ids_TK.cpu(), weights_TK.cpu().double())
+        figure = relative_error(actual_TS, expected_TS)
+        x_TD, choices = x_TD[: self._tokens], choices[: self._tokens]
+        narrow, touched = strips.narrowed(layer, x_TD.to(device))
+        actual_TD = narrow(x_TD[:, slice(*strips.hidden)].to(device)).cpu().double()
+        figure = worse(figure, relative_error(actual_TD, reference.output(x_TD, choices)))
+        if not figure <= allowed:  # also where it is NaN
+            raise VerificationError(
+                f"layer {layer.index} (`{layer.name}`) is off by {figure:.3g} of its largest output, allowed are "
+                f"{allowed:.3g} in {dtype_name(dtype)}; the layer was loaded wrongly or its backend "
+                f"`{plan.backend}` is at fault: try --set server.moe_runner_backend=eager",
+                layer=layer.index,
+                figure=figure,
+                tolerance=allowed,
+            )
+        rows = compare_rows(layer, plan, self._plan.rank, tensors, self._checkpoint, self._seed + layer.index)
+        self._found.append(
+            Verified(
+                index=layer.index,
+                name=layer.name,
+                figure=figure,
+                tolerance=allowed,
+                tokens=len(x_TD),
+                experts=touched,
+                rows=rows,
+            )
+        )
 
 
 def sharpest(backend: str, device: torch.device) -> torch.dtype:
@@ -138,33 +214,69 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
+def worse(one: float, other: float) -> float:
+    """The larger figure; what is not a number is the worst."""
+    return one if math.isnan(one) or one > other else other
+
+
 # -- the reference ------------------------------------------------------------------------------------------------
 
 
-def reference_layer(
-    checkpoint: Checkpoint, tensors: MoeTensors, router: RouterConfig, experts: ExpertConfig, x_TD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Output of one MoE layer in float64, ``(T, D)``, and which tokens had a clear choice of experts, ``(T,)``."""
-    x_TD = x_TD.double()
-    assert tensors.router is not None
-    logits_TE = x_TD @ checkpoint.fetch(tensors.router.name).double().T
-    bias = None if tensors.router_bias is None else checkpoint.fetch(tensors.router_bias.name).double()
-    if bias is not None and router.bias == "logits":
-        logits_TE, bias = logits_TE + bias, None
-    choices = [_choose(row, None if bias is None else bias.tolist(), router) for row in logits_TE.tolist()]
-    y_TD = torch.zeros_like(x_TD)
-    for expert in sorted({e for chosen, _ in choices for e in chosen}):
-        mlp = _Mlp(checkpoint, tensors.expert(expert), tensors.expert_bias(expert), experts)
-        for token, (chosen, _) in enumerate(choices):
-            if weight := chosen.get(expert):
-                x_D = x_TD[token]
-                y_TD[token] += mlp(weight * x_D) if experts.weighed == "input" else weight * mlp(x_D)
-    if tensors.shared:
-        shared_TD = _Mlp(checkpoint, tensors.shared, {}, experts)(x_TD)
-        if tensors.shared_gate is not None:
-            shared_TD = shared_TD * torch.sigmoid(x_TD @ checkpoint.fetch(tensors.shared_gate.name).double().T)
-        y_TD += shared_TD
-    return y_TD, torch.tensor([margin > CLEAR_MARGIN for _, margin in choices])
+class Reference:
+    """One MoE layer from its raw tensors, in float64; of experts only the strips, of which it is told alone."""
+
+    def __init__(self, checkpoint: Checkpoint, tensors: MoeTensors, plan: Plan, strips: Strips) -> None:
+        self._checkpoint, self._tensors, self._strips = checkpoint, tensors, strips
+        self._router, self._experts = plan.router, plan.experts
+
+    def choices(self, x_TD: Tensor) -> tuple[list[dict[int, float]], Tensor]:
+        """Weights of each token's experts, and which tokens had a clear choice of them, ``(T,)``."""
+        router, bias = self._tensors.router, self._tensors.router_bias
+        assert router is not None
+        biases = None if bias is None else self._checkpoint.fetch(bias.name).double()
+        logits_TE = x_TD.double() @ self._checkpoint.fetch(router.name).double().T
+        if biases is not None and self._router.bias == "logits":
+            logits_TE, biases = logits_TE + biases, None
+        ranks = None if biases is None else biases.tolist()
+        found = [_choose(row, ranks, self._router) for row in logits_TE.tolist()]
+        return [chosen for chosen, _ in found], torch.tensor([margin > CLEAR_MARGIN for _, margin in found])
+
+    def weights(self, x_TD: Tensor, choices: Sequence[Mapping[int, float]]) -> Tensor:
+        """The weight of each slot that is here for each token, ``(T, slots)``."""
+        first, last = self._strips.held
+        shared_T = self._shared_weight(x_TD) * self._strips.shared_weight
+        dense_TS = torch.zeros(len(x_TD), last - first + self._strips.shared_slots, dtype=torch.float64)
+        dense_TS[:, last - first :] = shared_T.unsqueeze(-1)
+        for token, chosen in enumerate(choices):
+            for expert, weight in chosen.items():
+                if first <= expert < last:
+                    dense_TS[token, expert - first] = weight
+        return dense_TS
+
+    def output(self, x_TD: Tensor, choices: Sequence[Mapping[int, float]]) -> Tensor:
+        """What the strips of experts that are here sum up to, as wide as the strip of the hidden size."""
+        shared_T = self._shared_weight(x_TD) * self._strips.shared_weight
+        x_TD = x_TD[:, slice(*self._strips.hidden)].double()
+        y_TD = torch.zeros_like(x_TD)
+        first, last = self._strips.held
+        for expert in sorted({e for chosen in choices for e in chosen if first <= e < last}):
+            tensors, biases = self._tensors.expert(expert), self._tensors.expert_bias(expert)
+            mlp = _Mlp(self._strips.of_routed(self._checkpoint, expert), tensors, biases, self._experts)
+            for token, chosen in enumerate(choices):
+                if weight := chosen.get(expert):
+                    x_1D = x_TD[token : token + 1]
+                    is_input = self._experts.weighed == "input"
+                    y_TD[token] += (mlp(weight * x_1D) if is_input else weight * mlp(x_1D))[0]
+        if self._tensors.shared:
+            for strip in self._strips.of_shared(self._checkpoint):
+                y_TD += shared_T.unsqueeze(-1) * _Mlp(strip, self._tensors.shared, {}, self._experts)(x_TD)
+        return y_TD
+
+    def _shared_weight(self, x_TD: Tensor) -> Tensor:
+        gate = self._tensors.shared_gate
+        if gate is None:
+            return torch.ones(len(x_TD), dtype=torch.float64)
+        return torch.sigmoid(x_TD.double() @ self._checkpoint.fetch(gate.name).double()[0])
 
 
 def _choose(
@@ -202,21 +314,22 @@ def _largest(values: Mapping[int, float], count: int) -> tuple[list[int], float]
 
 
 class _Mlp:
-    """One expert in float64, worked out from its definition."""
+    """The strip of one expert in float64, worked out from its definition."""
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        strip: Strip,
         projections: Mapping[str, Mapping[str, TensorInfo]],
         biases: Mapping[str, TensorInfo],
         config: ExpertConfig,
     ) -> None:
-        self.weights = {each: raw_weight(checkpoint, parts) for each, parts in projections.items()}
-        self.biases = {each: fetch_part(checkpoint, info).double() for each, info in biases.items()}
+        cuts = {"gate": strip.rows, "up": strip.rows, "down": strip.columns}
+        self.weights = {each: raw_weight(cuts[each], parts) for each, parts in projections.items()}
+        self.biases = {each: cuts[each].bias(info).double() for each, info in biases.items()}
         self.config = config
 
-    def __call__(self, x: Tensor) -> Tensor:
-        c, gate, up = self.config, self._project("gate", x), self._project("up", x)
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        c, gate, up = self.config, self._project("gate", x_TD), self._project("up", x_TD)
         if c.limit is not None:
             gate, up = torch.minimum(gate, torch.tensor(c.limit)), torch.minimum(up, torch.tensor(c.limit))
             up = torch.maximum(up, torch.tensor(-c.limit))
@@ -226,26 +339,15 @@ class _Mlp:
             act = gate / (1 + torch.exp(-gate * (1.0 if c.alpha is None else c.alpha)))
         return self._project("down", act * (up + c.up_offset))
 
-    def _project(self, projection: str, x: Tensor) -> Tensor:
-        y = x @ self.weights[projection].T
-        return y + self.biases[projection] if projection in self.biases else y
+    def _project(self, projection: str, x_TD: Tensor) -> Tensor:
+        # Without BLAS, whose threads wait for each other longer than a strip takes.
+        y_TD = (x_TD.unsqueeze(1) * self.weights[projection]).sum(-1)
+        return y_TD + self.biases[projection] if projection in self.biases else y_TD
 
 
-def fetch_part(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
-    """A tensor, or what is meant of it: one expert's matrix, gathered row by row from a stack of all."""
-    tensor = checkpoint.fetch(info.name)
-    view = info.view
-    if view is None:
-        return tensor
-    one = tensor[view.item]
-    one = one.reshape(one.shape[0], -1) if one.dim() > 1 else one
-    picked = [one[:, row] if view.transposed else one[row] for row in view.rows]
-    return torch.stack(picked)
-
-
-def raw_weight(checkpoint: Checkpoint, parts: Mapping[str, TensorInfo]) -> Tensor:
+def raw_weight(cut: Cut, parts: Mapping[str, TensorInfo]) -> Tensor:
     """The weight that these tensors store, ``(out, in)`` in float64, worked out number by number of bits."""
-    return raw_numbers({suffix: fetch_part(checkpoint, info) for suffix, info in parts.items()})
+    return raw_numbers({suffix: cut.part(suffix, info) for suffix, info in parts.items()})
 
 
 def raw_numbers(raw: Mapping[str, Tensor]) -> Tensor:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-import loader.checkpoint
 from loader import Recipe, make_checkpoint
 from tests.hostile.judge import MOST_WAIT_SECONDS
 
@@ -194,9 +193,6 @@ CUT_SHORT_WHILE_OPEN = """
 """
 
 
-@pytest.mark.xfail(
-    hasattr(loader.checkpoint, "safe_open"), reason="a mapped file that is cut short ends the process by SIGBUS"
-)
 def test_a_file_cut_short_while_open_is_an_error(root: Path, folder: Path) -> None:
     done = python(CUT_SHORT_WHILE_OPEN, folder, root=root)
     assert done.returncode == 0, done.stderr

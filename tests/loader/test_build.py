@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
+import os
 import sys
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from torch import Tensor
 
-from gatekeeper import CheckpointError, Index, read_facts, read_index
-from loader import BuildError, MoELayer, Plan, build, build_plan
+from gatekeeper import CheckpointError, Index, TensorInfo, read_facts, read_index
+from loader import BuildError, LayerPlan, MoELayer, Plan, build, build_plan
 from loader.checkpoint import Checkpoint
 from loader.formats import FORMATS
 from tests.loader.fakes import decided, shipped
@@ -60,20 +62,21 @@ def test_two_slots_of_one_shared_mlp(made: Callable[..., Path]) -> None:
     assert torch.equal(torch.cat([w2[16], w2[17]], dim=1), down)
 
 
-def test_one_tensor_at_a_time(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_is_read_into_memory_of_its_own(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     plan, index = planned(made(**SMALL))
-    fetch, alive, most = Checkpoint.fetch, weakref.WeakSet[Tensor](), []
+    read, filled = Checkpoint.read_into, []
 
-    def counting(self: Checkpoint, name: str) -> Tensor:
-        tensor = fetch(self, name)
-        alive.add(tensor)
-        most.append(len(alive))
-        return tensor
+    def recording(self: Checkpoint, info: TensorInfo, first_byte: int, memory: memoryview) -> None:
+        address = ctypes.addressof(ctypes.c_ubyte.from_buffer(memory))
+        filled.append((address, address + len(memory)))
+        read(self, info, first_byte, memory)
 
-    monkeypatch.setattr(Checkpoint, "fetch", counting)
-    build(plan, index)
-    # The last one lives until the next one has arrived, and no longer.
-    assert len(most) == len(list(plan.placements)) and max(most) <= 2
+    monkeypatch.setattr(Checkpoint, "read_into", recording)
+    layers = build(plan, index)
+    homes = [(p.data_ptr(), p.data_ptr() + p.nbytes) for layer in layers for p in layer.parameters()]
+    assert len(filled) == len(list(plan.placements)), "one read a tensor"
+    assert all(any(low <= first and last <= high for low, high in homes) for first, last in filled)
+    assert sum(last - first for first, last in filled) == plan.nbytes
 
 
 def spoiled(plan: Plan, **changes: object) -> Plan:
@@ -168,6 +171,47 @@ def test_a_shard_that_is_gone(copied: Callable[..., Path]) -> None:
     (folder / index.tensors["model.layers.2.mlp.gate.weight"].shard).unlink()
     with pytest.raises(CheckpointError, match="can't be read"):
         build(plan, index)
+
+
+def test_a_file_cut_short_while_loading(copied: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copied(**SMALL)
+    plan, index = planned(folder)
+    last = max((t for t in index.tensors.values() if ".layers.2.mlp." in t.name), key=lambda t: t.start)
+    opened = Checkpoint._require_same
+
+    def cutting(self: Checkpoint, name: str, shard: int) -> None:
+        opened(self, name, shard)
+        if name == last.shard:
+            os.truncate(folder / name, last.end - 1)
+
+    monkeypatch.setattr(Checkpoint, "_require_same", cutting)
+    with pytest.raises(CheckpointError, match="cut short while loading") as caught:
+        build(plan, index)
+    assert last.name in str(caught.value)
+
+
+def test_a_check_looks_at_each_layer_once_it_is_filled_and_its_error_ends_the_load(made: Callable[..., Path]) -> None:
+    plan, index = planned(made(**SMALL))
+    seen = []
+    build(plan, index, check=lambda layer, planned: seen.append((layer.index, planned.index, layer(torch.ones(1, 64)))))
+    assert [one[:2] for one in seen] == [(1, 1), (2, 2)] and all(bool(y.isfinite().all()) for _, _, y in seen)
+
+    def refuse(layer: MoELayer, planned: LayerPlan) -> None:
+        raise ValueError(layer.index)
+
+    with pytest.raises(ValueError, match="1"):
+        build(plan, index, check=refuse)
+
+
+def test_every_byte_is_counted(made: Callable[..., Path]) -> None:
+    plan, index = planned(made(format_name="int4_g32", family="kimi_k2", **SMALL))
+    moved: list[int] = []
+    with capture_logs() as events:
+        build(plan, index, threads=3, moved=moved.append)
+    notes = sum(16 * len(layer.notes) for layer in plan.layers)
+    assert sum(moved) == plan.nbytes + notes and notes
+    (event,) = [e for e in events if e["event"] == "load.finished"]
+    assert event["bytes"] == plan.nbytes and event["layers"] == 2 and event["gb_per_second"] > 0
 
 
 def test_devices_and_backends_that_are_not_here(made: Callable[..., Path]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +11,22 @@ import pytest
 import torch
 
 from gatekeeper import read_facts
-from loader import MoELayer, Plan, VerificationError, Verified, agreement, build, verify
+from loader import (
+    LayerPlan,
+    MoELayer,
+    Plan,
+    RouterConfig,
+    VerificationError,
+    Verified,
+    Verifier,
+    agreement,
+    build,
+    verify,
+)
+from loader.checkpoint import Checkpoint
 from loader.planner import runner_layers
+from loader.rank import plan_of_rank
+from loader.spots import compare_rows
 from loader.verify import relative_error, tolerance
 from tests.loader.fakes import shipped
 from tests.loader.test_build import planned
@@ -30,6 +46,7 @@ def checked(folder: Path, layers: tuple[MoELayer, ...], plan: Plan, **options: o
     facts = read_facts(folder)
     family = shipped().families[str(facts.values["model.family"])]
     _, index = planned(folder)
+    options = {"tokens": 16, **options}
     return verify(layers, plan, index, runner_layers(index, family, facts), **options)  # type: ignore[arg-type]
 
 
@@ -84,6 +101,129 @@ def test_a_wrong_number_is_an_error_with_layer_and_figure(made: Callable[..., Pa
         checked(folder, layers, plan)
     assert caught.value.layer == 2 and not caught.value.figure <= caught.value.tolerance
     assert f"{caught.value.figure:.3g}" in str(caught.value)
+
+
+# -- wide experts, of which only strips are computed --------------------------------------------------------------
+
+WIDE = {
+    "kimi_k25-int4": {"family": "kimi_k25", "format_name": "int4_g32", "shared_format": "int4_g32"},
+    "kimi_k25-mxfp4": {"family": "kimi_k25", "format_name": "mxfp4"},
+    "deepseek_v3-fp8": {"family": "deepseek_v3", "format_name": "fp8_block"},
+    "deepseek_v2-bf16": {"family": "deepseek_v2", "format_name": "bf16"},
+}
+LAYOUTS = [None, (1, 2, 1), (3, 4, 2), (1, 4, 4)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("on", [False, True], ids=["separate", "slot"])
+@pytest.mark.parametrize("case", WIDE)
+def test_strips_of_every_rank_are_what_the_checkpoint_says(
+    made: Callable[..., Path], case: str, on: bool, layout: tuple[int, int, int] | None
+) -> None:
+    folder = made(**WIDE[case], width=512, layers=2, experts=16)
+    plan, index = planned(folder, on, 2 if case.startswith("deepseek_v2") else 1)
+    if layout is not None:
+        plan = plan_of_rank(plan, *layout)
+    for seed in range(3):
+        (found,) = checked(folder, build(plan, index), plan, tokens=2, seed=seed)
+        assert 0 < found.figure <= found.tolerance and found.tokens == 2
+        parts = len(plan.layers[0].layout.parts)
+        assert found.rows == 3 * parts * (plan.layers[0].n_slots + (not on)) and found.experts > 1
+
+
+@pytest.fixture(scope="module")
+def wide(made: Callable[..., Path]) -> tuple[Path, Plan, tuple[MoELayer, ...]]:
+    folder = made(family="kimi_k25", format_name="mxfp4", width=256, layers=2, experts=16)
+    plan, index = planned(folder, on=True)
+    return folder, plan, build(plan, index)
+
+
+def swapped_slots(layer: MoELayer) -> None:
+    for parameter in layer.experts.parameters():
+        parameter[[2, 5]] = parameter[[5, 2]].clone()
+
+
+def swapped_gate_and_up(layer: MoELayer) -> None:
+    for name, parameter in layer.experts.named_parameters():
+        if name.startswith("w13"):
+            parameter.copy_(torch.cat(parameter.chunk(2, 1)[::-1], 1))
+
+
+def swapped_gate_and_up_in_one(layer: MoELayer) -> None:
+    for name, parameter in layer.experts.named_parameters():
+        if name.startswith("w13"):
+            parameter[11] = torch.cat(parameter[11].chunk(2)[::-1])
+
+
+HARMS: dict[str, Callable[[MoELayer], object]] = {
+    "two slots swapped": swapped_slots,
+    "shared slot never written": lambda layer: [p[-1].fill_(0x33) for p in layer.experts.parameters()],
+    "gate and up swapped": swapped_gate_and_up,
+    "gate and up swapped in one slot": swapped_gate_and_up_in_one,
+    "scales of another expert": lambda layer: layer.experts.w2_weight_scale[9].copy_(layer.experts.w2_weight_scale[3]),
+    "all scales off by a factor": lambda layer: layer.experts.w13_weight_scale.add_(1),
+    "router's rows swapped": lambda layer: layer.router.router.weight.copy_(layer.router.router.weight.flip(0).clone()),
+    "shared weight": lambda layer: setattr(layer.router.router, "config", other_factor(layer.router.router.config)),
+    "rows shifted": lambda layer: layer.experts.w13_weight.copy_(layer.experts.w13_weight.roll(1, 1)),
+}
+
+
+def other_factor(config: RouterConfig) -> RouterConfig:
+    return dataclasses.replace(config, routed_scaling_factor=1.0)
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_harm_that_two_tokens_and_a_row_of_each_slot_find(
+    wide: tuple[Path, Plan, tuple[MoELayer, ...]], harm: str
+) -> None:
+    folder, plan, layers = wide
+    spoiled = copy.deepcopy(layers)
+    with torch.no_grad():
+        HARMS[harm](spoiled[0])
+    for seed in range(3):
+        with pytest.raises(VerificationError, match="layer 1 "):
+            checked(folder, spoiled, plan, tokens=2, seed=seed)
+
+
+def test_a_slot_that_no_token_chose_is_found_by_its_row(wide: tuple[Path, Plan, tuple[MoELayer, ...]]) -> None:
+    folder, plan, layers = wide
+    spoiled = copy.deepcopy(layers)
+    facts = read_facts(folder)
+    family = shipped().families[str(facts.values["model.family"])]
+    index = planned(folder)[1]
+    with torch.no_grad():
+        for slot in range(17):
+            before = spoiled[0].experts.w2_weight[slot].clone()
+            spoiled[0].experts.w2_weight[slot] = 0
+            with (
+                pytest.raises(VerificationError, match=rf"slot {slot} of w2_weight does not hold `.*down_proj.weight`"),
+                Checkpoint(index) as checkpoint,
+            ):
+                compare_rows(spoiled[0], plan.layers[0], None, runner_layers(index, family, facts)[0], checkpoint, 0)
+            spoiled[0].experts.w2_weight[slot] = before
+
+
+def test_layers_are_verified_while_loading_and_a_bad_one_leaves_nothing(made: Callable[..., Path]) -> None:
+    folder = made(family="kimi_k25", format_name="mxfp4", width=256, layers=3, experts=16)
+    plan, index = planned(folder, on=True)
+    facts = read_facts(folder)
+    family = shipped().families[str(facts.values["model.family"])]
+    with Verifier(plan, index, runner_layers(index, family, facts)) as verifier:
+        build(plan, index, check=verifier)
+        assert [one.index for one in verifier.verified] == [1, 2]
+
+    seen: list[MoELayer] = []
+
+    def spoiling(layer: MoELayer, layer_plan: LayerPlan) -> None:
+        seen.append(layer)
+        if layer.index == 2:
+            layer.experts.w13_weight.zero_()
+        verifier(layer, layer_plan)
+
+    verifier = Verifier(plan, index, runner_layers(index, family, facts))
+    with verifier, pytest.raises(VerificationError, match="layer 2 "):
+        build(plan, index, check=spoiling)
+    assert sum(p.untyped_storage().nbytes() for layer in seen for p in layer.parameters()) == 0
 
 
 def test_a_router_that_scores_all_alike_can_not_be_compared(

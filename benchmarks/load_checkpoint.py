@@ -1,0 +1,126 @@
+"""A checkpoint of real shapes to load at speed: random numbers, written once into a cache folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loader.formats import FORMATS
+from loader.make_checkpoint import Recipe, make_checkpoint
+from loader.shards import write_shards
+
+POOL_NUMBERS = 1 << 25
+EXPERTS_A_SHARD = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What is written; hidden size and width are those of DeepSeek V3 and Kimi K2.5, the rest decides the size."""
+
+    family: str
+    """``kimi_k2``"""
+    format_name: str
+    """Of routed and shared experts alike, so that they can be fused: ``int4_g32``."""
+    experts: int
+    """Routed experts of a layer: 96."""
+    layers: int
+    """MoE layers: 2."""
+    hidden: int = 7168
+    width: int = 2048
+
+
+SHAPES = {
+    "int4": Shape(family="kimi_k2", format_name="int4_g32", experts=96, layers=2),
+    "bf16": Shape(family="deepseek_v3", format_name="bf16", experts=24, layers=2),
+    "kimi_k25": Shape(family="kimi_k2", format_name="int4_g32", experts=384, layers=4),
+}
+"""4.8 GB, 4.4 GB, and for a GPU 38.1 GB in layers as large as Kimi-K2.5's."""
+
+
+def checkpoint(cache: Path, shape: Shape) -> Path:
+    """The folder of `shape` in `cache`, made where it is not there yet and flushed to the disk."""
+    folder = cache / "-".join(str(value) for value in asdict(shape).values())
+    if folder.exists():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=cache))
+    small = make_checkpoint(
+        temporary / "small",
+        Recipe(
+            family=shape.family,
+            format_name=shape.format_name,
+            shared_format=shape.format_name,
+            experts=shape.experts,
+            layers=shape.layers + 1,
+        ),
+    )
+    config = json.loads((small / "config.json").read_text())
+    config |= {"hidden_size": shape.hidden, "moe_intermediate_size": shape.width, "num_nextn_predict_layers": 0}
+    large = temporary / "large"
+    large.mkdir()
+    (large / "config.json").write_text(json.dumps(config, indent=2))
+    n_shards = shape.layers * -(-(shape.experts + 1) // EXPERTS_A_SHARD)
+    write_shards(large, _shards(shape), n_shards)
+    for path in large.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    large.rename(folder)
+    shutil.rmtree(temporary)
+    return folder
+
+
+def _shards(shape: Shape) -> Iterator[dict[str, Tensor]]:
+    numbers = _Numbers()
+    for layer in range(1, shape.layers + 1):
+        base = f"model.layers.{layer}.mlp"
+        modules = [f"{base}.experts.{e}" for e in range(shape.experts)] + [f"{base}.shared_experts"]
+        for first in range(0, len(modules), EXPERTS_A_SHARD):
+            tensors: dict[str, Tensor] = {}
+            for module in modules[first : first + EXPERTS_A_SHARD]:
+                tensors |= _mlp(shape, module, numbers)
+            if first == 0:
+                router = torch.randn(shape.experts, shape.hidden) / shape.hidden**0.5
+                tensors[f"{base}.gate.weight"] = router.bfloat16()
+                tensors[f"{base}.gate.e_score_correction_bias"] = 0.1 * torch.randn(shape.experts)
+            yield dict(sorted(tensors.items()))
+
+
+def _mlp(shape: Shape, module: str, numbers: _Numbers) -> dict[str, Tensor]:
+    weight_format = FORMATS[shape.format_name]
+    tensors: dict[str, Tensor] = {}
+    sizes = {
+        "gate": (shape.width, shape.hidden),
+        "up": (shape.width, shape.hidden),
+        "down": (shape.hidden, shape.width),
+    }
+    for projection, (rows, columns) in sizes.items():
+        for part in weight_format.parts:
+            tensors[f"{module}.{projection}_proj.{part.suffix}"] = numbers.take(part.shape(rows, columns), part.dtype)
+        if weight_format.shape_suffix is not None:
+            tensors[f"{module}.{projection}_proj.{weight_format.shape_suffix}"] = torch.tensor([rows, columns])
+    return tensors
+
+
+class _Numbers:
+    """Tensors that are views at random places of one pool: different from each other, and made at no cost."""
+
+    def __init__(self) -> None:
+        self._draw = torch.Generator().manual_seed(0)
+        numbers = torch.randn(POOL_NUMBERS, generator=self._draw) / 64
+        self._pools = {
+            torch.bfloat16: numbers.bfloat16(),
+            torch.int32: torch.randint(-(2**31), 2**31, (POOL_NUMBERS,), generator=self._draw, dtype=torch.int32),
+        }
+
+    def take(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        size = shape[0] * shape[1]
+        start = int(torch.randint(POOL_NUMBERS - size, (), generator=self._draw))
+        return self._pools[dtype][start : start + size].view(shape)

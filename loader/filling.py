@@ -1,0 +1,94 @@
+"""What fills one layer: each placement compared with the header before a byte is read, and accounted for after."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gatekeeper import CheckpointError, Index, TensorInfo
+from loader.accounts import Ledger, Slot
+from loader.checkpoint import DTYPES, dtype_name
+from loader.errors import BuildError
+from loader.plan import LayerPlan, Placement
+from loader.transfer import Transfer
+
+MAX_SHOWN = 20
+
+
+class Filling:
+    """The transfers of one layer, and the ledger over them; `account` once they have been carried out."""
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        slots: Mapping[Slot, int],
+        index: Index,
+        parameter: Callable[[str], Tensor],
+        names: Sequence[str] | None = None,
+    ) -> None:
+        """`slots` and `parameter` are of the layer as it was really allocated; `names`: all of the index, sorted."""
+        self._plan, self._index, self._parameter = plan, index, parameter
+        self._problems: list[str] = []
+        self._fitting: list[Placement] = []
+        self._found = torch.zeros((len(plan.notes), 2), dtype=torch.int64)
+        keys = [*(placement.key for placement in plan.placements), *(note.key for note in plan.notes), *plan.unused]
+        owed = {key: index.tensors[key].shape for key in keys if key in index.tensors}
+        if plan.held is None:  # one rank alone does not use every tensor of the layer
+            owed |= {name: index.tensors[name].shape for name in _below(plan.name, names or sorted(index.tensors))}
+        self._ledger = Ledger(slots, owed, whole=plan.held is None)
+        transfers = [self._transfer(placement) for placement in plan.placements]
+        two = torch.empty(2, dtype=torch.int64, device="meta")
+        transfers += [Transfer(self._info(note.key), two, self._found[i]) for i, note in enumerate(plan.notes)]
+        # Where something does not fit the load fails, so that there is nothing to be read for.
+        self.transfers = [] if self._problems else [transfer for transfer in transfers if transfer]
+
+    def account(self) -> None:
+        """Raise `BuildError` with everything that does not add up in this layer."""
+        for p in self._fitting:
+            self._ledger.write((p.param, p.expert), p.rows, p.key, p.source, p.again, p.view)
+        for key in self._plan.unused:
+            self._ledger.read(key)
+        for note, found in zip(self._plan.notes, self._found.tolist(), strict=True):
+            self._ledger.read(note.key)
+            if not self._problems and found != list(note.shape):
+                self._problems.append(f"`{note.key}` says {found}, the weight is {list(note.shape)}")
+        problems = self._problems + self._ledger.faults()
+        if problems:
+            shown = problems[:MAX_SHOWN]
+            shown += [f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
+            lines = "\n".join(f"  {line}" for line in shown)
+            raise BuildError(f"layer {self._plan.index} does not add up:\n{lines}")
+
+    def _transfer(self, placement: Placement) -> Transfer | None:
+        """None for what does not fit, which is a problem."""
+        info = self._info(placement.key)
+        parameter = self._parameter(placement.param).detach()
+        slot = parameter if placement.expert is None else parameter[placement.expert]
+        rows = slot[placement.rows[0] : placement.rows[1]]
+        dtype = DTYPES.get(info.dtype)
+        ours = f"its place in {placement.param} {list(rows.shape)} {dtype_name(rows.dtype)}"
+        if dtype is None:
+            self._problems.append(f"`{placement.key}` is {list(info.shape)} {info.dtype}, {ours}")
+            return None
+        # On the meta device: what is cut out is known by shape, strides and offset before a byte is read.
+        block = placement.cut(torch.empty(info.shape, dtype=dtype, device="meta"), rows.dim())
+        # A copy would cast between any two dtypes and broadcast, both in silence; bytes would be taken for anything.
+        if block.shape != rows.shape or dtype != rows.dtype:
+            self._problems.append(f"`{placement.key}` is {list(block.shape)} {dtype_name(dtype)}, {ours}")
+            return None
+        self._fitting.append(placement)
+        return Transfer(info, block, rows)
+
+    def _info(self, key: str) -> TensorInfo:
+        try:
+            return self._index.tensors[key]
+        except KeyError:
+            raise CheckpointError(f"`{self._index.folder}` has no tensor `{key}`") from None
+
+
+def _below(prefix: str, names: Sequence[str]) -> Sequence[str]:
+    """Those of some sorted names that stand below a dotted prefix; `/` comes right after the dot."""
+    return names[bisect_left(names, f"{prefix}.") : bisect_left(names, f"{prefix}/")]
