@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loader.formats import FORMATS
+from gatekeeper import load_rules
+from loader.formats.layouts import layout_of
 from loader.make_checkpoint import Recipe, make_checkpoint
 from loader.shards import write_shards
 
+FORMATS = load_rules().formats
 POOL_NUMBERS = 1 << 25
 EXPERTS_A_SHARD = 32
 
@@ -94,7 +96,8 @@ def _shards(shape: Shape) -> Iterator[dict[str, Tensor]]:
 
 
 def _mlp(shape: Shape, module: str, numbers: _Numbers) -> dict[str, Tensor]:
-    weight_format = FORMATS[shape.format_name]
+    layout = layout_of(FORMATS[shape.format_name])
+    (noted,) = [spec.suffix for spec in FORMATS[shape.format_name].signatures[0].parts if spec.role == "shape"] or [""]
     tensors: dict[str, Tensor] = {}
     sizes = {
         "gate": (shape.width, shape.hidden),
@@ -102,10 +105,10 @@ def _mlp(shape: Shape, module: str, numbers: _Numbers) -> dict[str, Tensor]:
         "down": (shape.hidden, shape.width),
     }
     for projection, (rows, columns) in sizes.items():
-        for part in weight_format.parts:
+        for part in layout.parts:
             tensors[f"{module}.{projection}_proj.{part.suffix}"] = numbers.take(part.shape(rows, columns), part.dtype)
-        if weight_format.shape_suffix is not None:
-            tensors[f"{module}.{projection}_proj.{weight_format.shape_suffix}"] = torch.tensor([rows, columns])
+        if noted:
+            tensors[f"{module}.{projection}_proj.{noted}"] = torch.tensor([rows, columns])
     return tensors
 
 
