@@ -391,6 +391,14 @@ def test_a_layer_without_shared_expert(tmp_path: Path) -> None:
         ({"quant_method": "quark", "layer_quant_config": ["x"]}, "is not a mapping"),
         ({"quant_method": "modelopt", "quantized_layers": ["x"]}, "is not a mapping"),
         ({"quant_method": "compressed-tensors", "config_groups": {"g": 1}}, "is not a mapping of groups"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": [None], "weights": {}}}},
+            "`targets` of `config_groups` is not a list of names",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": "Linear", "weights": {}}}},
+            "`targets` of `config_groups` is not a list of names",
+        ),
     ],
 )
 def test_broken_configs_say_so(tmp_path: Path, quantization: Any, says: str | None) -> None:

@@ -194,7 +194,10 @@ def _compressed_tensors(reader: LayerReader) -> SchemeOf:
 
     schemes: dict[str, Scheme | None] = {}
     for group in groups.values():
-        for target in group.get("targets") or ():
+        targets = group.get("targets") or ()
+        if not isinstance(targets, list | tuple) or not all(isinstance(target, str) for target in targets):
+            raise FactError(f"`targets` of `config_groups` is not a list of names (from {reader.found.where})")
+        for target in targets:
             schemes.setdefault(target, _ct_scheme(group, raw, reader))
     find = finder("compressed-tensors", (target for target in schemes if target != "Linear"))
 
