@@ -1,0 +1,146 @@
+"""What is timed: layers of one shape with random weights, and random tokens with their routing.
+
+Shapes: T tokens, E routed experts, S shared experts in slots behind them, K slots of a token (routed, then shared).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from gatekeeper import load_rules
+from loader.formats import layout_of
+from loader.kernels import KERNELS
+from loader.kernels.configs import Shape
+from loader.moe import Experts
+
+MODELS: Mapping[str, tuple[int, int, int, int, int, float]] = MappingProxyType(
+    {
+        "kimi-k2.5": (384, 1, 8, 7168, 2048, 2.827),
+        "deepseek-v3": (256, 1, 8, 7168, 2048, 2.5),
+        "qwen3-30b-a3b": (128, 0, 8, 2048, 768, 1.0),
+        "glm-4.5": (160, 1, 8, 5120, 1536, 2.5),
+    }
+)
+"""Routed and shared experts, routed experts of a token, hidden size, width, routed_scaling_factor; from config.json."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """One MoE layer of a known model on one rank of `tp_size`."""
+
+    name: str
+    format: str
+    tp_size: int
+    n_routed: int
+    n_shared: int
+    top_k: int
+    hidden_size: int
+    width: int
+    scaling: float
+
+    @classmethod
+    def of(cls, name: str, format: str, tp_size: int, *, fused: bool = True) -> Model:
+        """The layer of a model of `MODELS`; raises `ValueError` for an unknown one or a width that does not divide."""
+        if name not in MODELS:
+            raise ValueError(f"unknown shape `{name}`; there are {', '.join(MODELS)}")
+        routed, shared, top_k, hidden, width, scaling = MODELS[name]
+        if width % tp_size:
+            raise ValueError(f"`{name}` has experts of width {width}, which {tp_size} ranks do not divide")
+        return cls(
+            name=name,
+            format=format,
+            tp_size=tp_size,
+            n_routed=routed,
+            n_shared=shared if fused else 0,
+            top_k=top_k,
+            hidden_size=hidden,
+            width=width // tp_size,
+            scaling=scaling,
+        )
+
+    @property
+    def shape(self) -> Shape:
+        """What the kernels' configurations depend on."""
+        return Shape(
+            format=self.format,
+            n_slots=self.n_routed + self.n_shared,
+            hidden_size=self.hidden_size,
+            width=self.width,
+            top_k=self.top_k + self.n_shared,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One call: a layer's weights, tokens, and which slots they go to."""
+
+    model: Model
+    experts: Experts
+    """``w13_<part>`` ``(E + S, 2F, ...)``, gate rows and then up rows, and ``w2_<part>`` ``(E + S, D, ...)``."""
+    x_TD: Tensor
+    """bfloat16."""
+    topk_weights_TK: Tensor
+    """float32; those of the shared slots, the last S columns, are 1."""
+    topk_ids_TK: Tensor
+    """int32; those of the shared slots are E, E + 1, ..."""
+
+
+def random_experts(model: Model, device: torch.device | str, seed: int) -> Experts:
+    """Stacked weights in `model.format`, as the loader would have them, with numbers of a trained layer's size."""
+    known = {one.name: one for one in load_rules().formats}
+    with torch.device("meta"):
+        experts = Experts(
+            layout_of(known[model.format]),
+            n_experts=model.n_routed + model.n_shared,
+            hidden_size=model.hidden_size,
+            width=model.width,
+            kernel=KERNELS["eager"],
+        )
+    experts.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in experts.named_parameters():
+        for slot in parameter.data:
+            _fill(slot, generator, is_scale="scale" in name)
+    return experts
+
+
+def _fill(numbers: Tensor, generator: torch.Generator, *, is_scale: bool) -> None:
+    if numbers.dtype in (torch.uint8, torch.float8_e8m0fnu):
+        low, high = (117, 121) if is_scale else (0, 256)
+        numbers.view(torch.uint8).random_(low, high, generator=generator)
+    elif numbers.dtype == torch.int32:
+        numbers.random_(-(2**31), 2**31 - 1, generator=generator)
+    elif numbers.dtype == torch.float8_e4m3fn:
+        numbers.copy_(torch.randn(numbers.shape, device=numbers.device, generator=generator))
+    elif is_scale:
+        numbers.uniform_(0.002, 0.01, generator=generator)
+    else:
+        numbers.normal_(0, 0.02, generator=generator)
+
+
+def problems(model: Model, layers: Sequence[Experts], tokens: int, seed: int) -> list[Problem]:
+    """One for each of `layers`: tokens that choose their experts at random, and all the shared slots."""
+    found = []
+    for n, experts in enumerate(layers):
+        device = next(experts.parameters()).device
+        generator = torch.Generator(device).manual_seed(seed + n)
+        x_TD = torch.randn(tokens, model.hidden_size, device=device, generator=generator).bfloat16()
+        scores_TE = torch.rand(tokens, model.n_routed, device=device, generator=generator)
+        weights_TK, ids_TK = scores_TE.topk(model.top_k, dim=-1)
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True) * model.scaling
+        shared_S = torch.arange(model.n_routed, model.n_routed + model.n_shared, device=device)
+        found.append(
+            Problem(
+                model=model,
+                experts=experts,
+                x_TD=x_TD,
+                topk_weights_TK=torch.cat([weights_TK, weights_TK.new_ones(tokens, model.n_shared)], 1),
+                topk_ids_TK=torch.cat([ids_TK, shared_S.expand(tokens, -1)], 1).int(),
+            )
+        )
+    return found

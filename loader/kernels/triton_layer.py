@@ -1,0 +1,312 @@
+"""The experts of a layer by our Triton kernels: a schedule where it is needed, two grouped products, and their sum.
+
+Nothing here waits for the device, so that a call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loader.kernels.base import ExpertWeights
+from loader.kernels.configs import Config, Shape, Tiles, default
+from loader.kernels.triton_experts import INTERPRETED, combine, down, down_by_token, gate_up
+from loader.kernels.triton_schedule import cut_blocks, schedule_small, sort_pairs
+
+FORMATS: Mapping[str, str] = {
+    "bf16": "plain",
+    "fp16": "plain",
+    "fp32": "plain",
+    "fp8_block": "fp8_block",
+    "int4_g32": "int4_g32",
+    "mxfp4": "mxfp4",
+}
+"""What the kernels compute in, by the format of the checkpoint."""
+SMALL = 256
+"""Pairs up to which one program makes the whole schedule."""
+MOST_WORK = 2**31 - 1
+"""Pairs and tiles are counted in int32 on the device."""
+
+
+class TritonExperts:
+    """The routed (and fused shared) experts of one layer; holds views of its weights, no memory of its own."""
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        config, layout = weights.config, weights.layout
+        kind = FORMATS.get(layout.name)
+        if kind is None:
+            raise ValueError(f"the Triton kernels have no `{layout.name}`; there are {', '.join(FORMATS)}")
+        if config.hidden_act != "silu" or config.weighed != "output":
+            raise ValueError(
+                f"the Triton kernels compute silu, weighed at the output, not `{config.hidden_act}` weighed at the "
+                f"{config.weighed}"
+            )
+        w13, w2 = weights.stacked("w13"), weights.stacked("w2")
+        self.kind = kind
+        self.w13, self.w2 = _words(w13["weight"], kind), _words(w2["weight"], kind)
+        self.scale13, self.scale2 = _scale(w13.get("scale"), self.w13), _scale(w2.get("scale"), self.w2)
+        self.bias13, self.bias2 = weights.w13_bias, weights.w2_bias
+        self.n_slots, self.width = self.w13.shape[0], self.w13.shape[1] // 2
+        self.hidden_size = self.w2.shape[1]
+        self.format = layout.name
+        self.activation: Mapping[str, Any] = {
+            "LIMIT": config.limit,
+            "ALPHA": 1.0 if config.alpha is None else config.alpha,
+            "UP_OFFSET": config.up_offset,
+        }
+
+    def shape(self, top_k: int) -> Shape:
+        """What its configurations depend on."""
+        return Shape(
+            format=self.format,
+            n_slots=self.n_slots,
+            hidden_size=self.hidden_size,
+            width=self.width,
+            top_k=top_k,
+        )
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        topk_weights_TK: Tensor,
+        topk_ids_TK: Tensor,
+        *,
+        config: Config | None = None,
+        base_TD: Tensor | None = None,
+    ) -> Tensor:
+        """Sum over K of weight times expert, ``(T, D)`` in the dtype of x; `base_TD` is added where it is given.
+
+        Accumulates in float32; raises `ValueError` for inputs that do not belong together.
+        """
+        tokens, k = topk_ids_TK.shape
+        self._require_fitting(x_TD, topk_weights_TK, topk_ids_TK)
+        x_TD, ids, router = x_TD.contiguous(), topk_ids_TK.contiguous(), topk_weights_TK.contiguous()
+        y_TD = torch.empty_like(x_TD)
+        if not tokens or not k:
+            return y_TD.zero_() if base_TD is None else y_TD.copy_(base_TD)
+        config = config or default(self.shape(k), tokens, _multiprocessors(x_TD.device))
+        call = _Call(self, x_TD, ids, router, config)
+        if config.by_token:
+            hidden = call.gate_up(None)
+            y_TD = call.down_by_token(hidden, y_TD)
+            return y_TD if base_TD is None else y_TD.add_(base_TD)
+        schedule = _schedule(ids, router, self.n_slots, config.block_m)
+        pairs_PD = call.down(call.gate_up(schedule), schedule)
+        block = 1024
+        combine[(-(-self.hidden_size // block), tokens)](
+            pairs_PD,
+            ids,
+            router,
+            base_TD if base_TD is not None else pairs_PD,
+            y_TD,
+            self.n_slots,
+            self.hidden_size,
+            k,
+            BASED=base_TD is not None,
+            BLOCK_D=block,
+        )
+        return y_TD
+
+    def _require_fitting(self, x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor) -> None:
+        tokens, k = topk_ids_TK.shape
+        if x_TD.shape != (tokens, self.hidden_size):
+            raise ValueError(f"x is {list(x_TD.shape)}, expected {[tokens, self.hidden_size]}")
+        if topk_weights_TK.shape != topk_ids_TK.shape:
+            raise ValueError(f"topk_weights is {list(topk_weights_TK.shape)}, topk_ids {list(topk_ids_TK.shape)}")
+        if topk_ids_TK.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"topk_ids is {topk_ids_TK.dtype}, expected int32 or int64")
+        if not x_TD.dtype.is_floating_point or x_TD.dtype.itemsize not in (2, 4):
+            raise ValueError(f"x is {x_TD.dtype}, expected bfloat16, float16 or float32")
+        if x_TD.dtype != torch.float32 and self.kind == "plain" and self.w13.dtype != x_TD.dtype:
+            raise ValueError(f"x is {x_TD.dtype}, the weights are {self.w13.dtype}; give x in that, or in float32")
+        devices = {each.device for each in (x_TD, topk_weights_TK, topk_ids_TK, self.w13)}
+        if len(devices) > 1:
+            raise ValueError(f"x, topk_weights, topk_ids and weights are on {sorted(map(str, devices))}, expected one")
+        most = tokens * k * -(-max(self.hidden_size, self.width) // 16)
+        if most > MOST_WORK:
+            raise ValueError(f"{tokens} tokens of {k} slots are more work than one call takes; split the batch")
+
+
+class _Call:
+    """One call: its inputs, and the launches that share them."""
+
+    def __init__(self, experts: TritonExperts, x_TD: Tensor, ids: Tensor, router: Tensor, config: Config) -> None:
+        self.experts, self.x, self.ids, self.router, self.config = experts, x_TD, ids, router, config
+        self.pairs, self.k = ids.numel(), ids.shape[1]
+        # Assembly is for NVIDIA, and for bf16 arithmetic on scales that are one.
+        self.assembly = (
+            _is_nvidia(x_TD.device)
+            and x_TD.dtype == torch.bfloat16
+            and experts.kind in ("int4_g32", "mxfp4")
+            and experts.scale13.dtype in (torch.bfloat16, torch.uint8)
+            and experts.scale2.dtype in (torch.bfloat16, torch.uint8)
+        )
+
+    def gate_up(self, schedule: _Schedule | None) -> Tensor:
+        e, c, t = self.experts, self.config, self.config.gate_up
+        if c.splits > 1:
+            out = torch.empty(c.splits, self.pairs, 2 * e.width, dtype=torch.float32, device=self.x.device)
+        else:
+            out = torch.empty(self.pairs, e.width, dtype=self.x.dtype, device=self.x.device)
+        n_blocks = self.pairs if schedule is None else schedule.most
+        tiles = n_blocks * -(-e.width // t.block_n) * c.splits
+        order, blocks, count = (self.ids,) * 3 if schedule is None else (schedule.order, schedule.blocks, schedule.n)
+        gate_up[self._grid(tiles)](
+            self.x,
+            e.w13,
+            e.scale13,
+            e.bias13 if e.bias13 is not None else e.w13,
+            self.ids,
+            order,
+            blocks,
+            count,
+            out,
+            self.pairs,
+            e.n_slots,
+            e.hidden_size,
+            e.width,
+            self.k,
+            PAIRWISE=schedule is None,
+            BIASED=e.bias13 is not None,
+            SPLITS=c.splits,
+            EVEN=e.hidden_size % (t.block_c * c.splits) == 0,
+            GROUP=t.group,
+            BLOCK_M=c.block_m,
+            **self._common(t),
+        )
+        return out
+
+    def down(self, hidden: Tensor, schedule: _Schedule) -> Tensor:
+        e, c, t = self.experts, self.config, self.config.down
+        out = torch.empty(self.pairs, e.hidden_size, dtype=self.x.dtype, device=self.x.device)
+        down[self._grid(schedule.most * -(-e.hidden_size // t.block_n))](
+            hidden,
+            e.w2,
+            e.scale2,
+            e.bias2 if e.bias2 is not None else e.w2,
+            self.router,
+            schedule.order,
+            schedule.blocks,
+            schedule.n,
+            out,
+            self.pairs,
+            e.n_slots,
+            e.hidden_size,
+            e.width,
+            BIASED=e.bias2 is not None,
+            SPLITS=c.splits,
+            EVEN=e.width % t.block_c == 0,
+            GROUP=t.group,
+            DTYPE=_triton_dtype(self.x.dtype),
+            BLOCK_M=c.block_m,
+            **self._common(t),
+        )
+        return out
+
+    def down_by_token(self, hidden: Tensor, out: Tensor) -> Tensor:
+        e, c, t = self.experts, self.config, self.config.down
+        down_by_token[(-(-e.hidden_size // t.block_n), len(self.x))](
+            hidden,
+            e.w2,
+            e.scale2,
+            e.bias2 if e.bias2 is not None else e.w2,
+            self.router,
+            self.ids,
+            out,
+            self.pairs,
+            e.n_slots,
+            e.hidden_size,
+            e.width,
+            self.k,
+            BIASED=e.bias2 is not None,
+            SPLITS=c.splits,
+            EVEN=e.width % t.block_c == 0,
+            DTYPE=_triton_dtype(self.x.dtype),
+            BLOCK_M=c.block_m,
+            **self._common(t),
+        )
+        return out
+
+    def _common(self, tiles: Tiles) -> dict[str, Any]:
+        return {
+            "FORMAT": self.experts.kind,
+            "ASSEMBLY": self.assembly,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_C": tiles.block_c,
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+            **self.experts.activation,
+        }
+
+    def _grid(self, tiles: int) -> tuple[int]:
+        programs = self.config.programs * _multiprocessors(self.x.device)
+        return (min(tiles, programs) if programs else tiles,)
+
+
+class _Schedule:
+    """See `triton_schedule`; `most` blocks there can be, on the host."""
+
+    def __init__(self, ids: Tensor, n_slots: int, block_m: int) -> None:
+        pairs = ids.numel()
+        self.most = min(pairs, pairs // block_m + min(n_slots, pairs))
+        self.order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
+        self.blocks = torch.empty(self.most, 3, dtype=torch.int32, device=ids.device)
+        self.n = torch.empty(1, dtype=torch.int32, device=ids.device)
+
+
+def _schedule(ids: Tensor, router: Tensor, n_slots: int, block_m: int) -> _Schedule:
+    import triton
+
+    made, pairs = _Schedule(ids, n_slots, block_m), ids.numel()
+    experts = triton.next_power_of_2(n_slots + 1)
+    room = torch.empty(2 * experts, dtype=torch.int32, device=ids.device)
+    if pairs <= SMALL:
+        size = max(triton.next_power_of_2(pairs), 16)
+        schedule_small[(1,)](
+            ids,
+            router,
+            made.order,
+            made.blocks,
+            made.n,
+            room,
+            pairs,
+            n_slots,
+            PAIRS=size,
+            EXPERTS=experts,
+            CHUNK=min(size, 64),
+            BLOCK_M=block_m,
+            num_warps=8,
+        )
+        return made
+    sort_pairs[(n_slots,)](ids, router, made.order, room, pairs, n_slots, CHUNK=min(triton.next_power_of_2(pairs), 4096))
+    cut_blocks[(1,)](room, made.blocks, made.n, n_slots, EXPERTS=experts, BLOCK_M=block_m)
+    return made
+
+
+def _words(weight: Tensor, kind: str) -> Tensor:
+    """Packed numbers as int32; their rows are whole words, as the kernels' formats have groups of 32."""
+    return weight.view(torch.int32) if kind in ("int4_g32", "mxfp4") else weight
+
+
+def _scale(scale: Tensor | None, weight: Tensor) -> Tensor:
+    """E8M0 as its codes; a format without scales gets what is never read."""
+    if scale is None:
+        return weight
+    return scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
+
+
+def _is_nvidia(device: torch.device) -> bool:
+    return not INTERPRETED.value and device.type == "cuda" and torch.version.hip is None
+
+
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,0 +1,205 @@
+"""Numbers out of packed words, in registers: eight columns a word, so that eight products share each load.
+
+A word is the little-endian int32 of eight neighbouring 4-bit numbers, the first in its lowest bits: what
+compressed-tensors' pack-quantized int4 stores as int32, and MXFP4 as four bytes with the first number in the low half.
+Column ``8 * j + c`` is nibble c of word j, so that stream c of a tile of words goes with every eighth column of x from c
+on. Each helper in inline assembly has a twin in plain arithmetic, which the interpreter and other vendors' devices run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def int4_streams(words, scale, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """``(nibble - 8) * scale`` of each of the eight streams, in `dtype`; `scale` is one number a word."""
+    if ASSEMBLY:
+        return _int4_assembly(words, scale)
+    return (
+        _int4(words, 0, scale, dtype),
+        _int4(words, 1, scale, dtype),
+        _int4(words, 2, scale, dtype),
+        _int4(words, 3, scale, dtype),
+        _int4(words, 4, scale, dtype),
+        _int4(words, 5, scale, dtype),
+        _int4(words, 6, scale, dtype),
+        _int4(words, 7, scale, dtype),
+    )
+
+
+@triton.jit
+def mxfp4_streams(words, exponent, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """E2M1 times ``2 ** (exponent - 127)`` of each stream, in `dtype`; `exponent` is a word's E8M0 code, NaN at 255."""
+    if ASSEMBLY:
+        return _mxfp4_assembly(words, e8m0(exponent, tl.bfloat16))
+    scale = e8m0(exponent, tl.float32)
+    return (
+        _mxfp4(words, 0, scale, dtype),
+        _mxfp4(words, 1, scale, dtype),
+        _mxfp4(words, 2, scale, dtype),
+        _mxfp4(words, 3, scale, dtype),
+        _mxfp4(words, 4, scale, dtype),
+        _mxfp4(words, 5, scale, dtype),
+        _mxfp4(words, 6, scale, dtype),
+        _mxfp4(words, 7, scale, dtype),
+    )
+
+
+@triton.jit
+def e8m0(code, dtype: tl.constexpr):
+    """The power of two that an E8M0 code stands for, exactly: subnormal at 0, NaN at 255 (OCP Microscaling 1.0)."""
+    exponent = code.to(tl.uint32)
+    bits = tl.where(exponent == 0, 1 << 22, tl.where(exponent == 255, 0x7FC00000, exponent << 23))
+    return bits.to(tl.float32, bitcast=True).to(dtype)
+
+
+@triton.jit
+def _int4(words, stream: tl.constexpr, scale, dtype: tl.constexpr):
+    number = ((words >> (4 * stream)) & 15) - 8
+    # Rounded once, as the format's own library does it: both factors are exact in float32, and so is the product.
+    return (number.to(tl.float32) * scale.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _mxfp4(words, stream: tl.constexpr, scale, dtype: tl.constexpr):
+    code = (words >> (4 * stream)) & 15
+    exponent, mantissa = (code >> 1) & 3, (code & 1).to(tl.float32)
+    size = tl.where(exponent == 0, mantissa * 0.5, (1.0 + mantissa * 0.5) * (1 << exponent).to(tl.float32) * 0.5)
+    return (tl.where(code >= 8, -size, size) * scale).to(dtype)
+
+
+@triton.jit
+def _int4_assembly(words, scale):
+    # Two words make pairs of the same nibble by halves. 0x4300 is bf16's 128, whose last four mantissa bits count ones,
+    # so that or-ing a nibble in gives 128 + n. Multiplication is fma with -0.0: sm80 has no other bf16 arithmetic.
+    return tl.inline_asm_elementwise(
+        asm="""{
+        .reg .b32 low, high, n, one, offset, zero;
+        mov.b32 one, 0x3F803F80;
+        mov.b32 offset, 0xC308C308;
+        mov.b32 zero, 0x80008000;
+        prmt.b32 low, $8, $9, 0x5410;
+        prmt.b32 high, $8, $9, 0x7632;
+        lop3.b32 $0, low, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 $4, high, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 n, low, 4;
+        lop3.b32 $1, n, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 n, high, 4;
+        lop3.b32 $5, n, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 n, low, 8;
+        lop3.b32 $2, n, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 n, high, 8;
+        lop3.b32 $6, n, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 n, low, 12;
+        lop3.b32 $3, n, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 n, high, 12;
+        lop3.b32 $7, n, 0x000F000F, 0x43004300, 0xEA;
+        fma.rn.bf16x2 $0, $0, one, offset;
+        fma.rn.bf16x2 $1, $1, one, offset;
+        fma.rn.bf16x2 $2, $2, one, offset;
+        fma.rn.bf16x2 $3, $3, one, offset;
+        fma.rn.bf16x2 $4, $4, one, offset;
+        fma.rn.bf16x2 $5, $5, one, offset;
+        fma.rn.bf16x2 $6, $6, one, offset;
+        fma.rn.bf16x2 $7, $7, one, offset;
+        fma.rn.bf16x2 $0, $0, $10, zero;
+        fma.rn.bf16x2 $1, $1, $10, zero;
+        fma.rn.bf16x2 $2, $2, $10, zero;
+        fma.rn.bf16x2 $3, $3, $10, zero;
+        fma.rn.bf16x2 $4, $4, $10, zero;
+        fma.rn.bf16x2 $5, $5, $10, zero;
+        fma.rn.bf16x2 $6, $6, $10, zero;
+        fma.rn.bf16x2 $7, $7, $10, zero;
+        }""",
+        constraints="=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
+        args=[words, scale],
+        dtype=(
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+        ),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _mxfp4_assembly(words, scale):
+    # The three bits below the sign, moved to the last of bf16's exponent and the first of its mantissa, are E2M1's
+    # number times 2**-126, subnormal ones too. 2**126 (0x7E80) and the scale are two factors: one could overflow.
+    return tl.inline_asm_elementwise(
+        asm="""{
+        .reg .b32 low, high, n, s, big, zero;
+        mov.b32 big, 0x7E807E80;
+        mov.b32 zero, 0x80008000;
+        prmt.b32 low, $8, $9, 0x5410;
+        prmt.b32 high, $8, $9, 0x7632;
+        shl.b32 n, low, 6;
+        shl.b32 s, low, 12;
+        and.b32 n, n, 0x01C001C0;
+        lop3.b32 $0, s, 0x80008000, n, 0xEA;
+        shl.b32 n, low, 2;
+        shl.b32 s, low, 8;
+        and.b32 n, n, 0x01C001C0;
+        lop3.b32 $1, s, 0x80008000, n, 0xEA;
+        shr.u32 n, low, 2;
+        shl.b32 s, low, 4;
+        and.b32 n, n, 0x01C001C0;
+        lop3.b32 $2, s, 0x80008000, n, 0xEA;
+        shr.u32 n, low, 6;
+        and.b32 n, n, 0x01C001C0;
+        lop3.b32 $3, low, 0x80008000, n, 0xEA;
+        shl.b32 n, high, 6;
+        shl.b32 s, high, 12;
+        and.b32 n, n, 0x01C001C0;
+        lop3.b32 $4, s, 0x80008000, n, 0xEA;
+        shl.b32 n, high, 2;
+        shl.b32 s, high, 8;
+        and.b32 n, n, 0x01C001C0;
+        lop3.b32 $5, s, 0x80008000, n, 0xEA;
+        shr.u32 n, high, 2;
+        shl.b32 s, high, 4;
+        and.b32 n, n, 0x01C001C0;
+        lop3.b32 $6, s, 0x80008000, n, 0xEA;
+        shr.u32 n, high, 6;
+        and.b32 n, n, 0x01C001C0;
+        lop3.b32 $7, high, 0x80008000, n, 0xEA;
+        fma.rn.bf16x2 $0, $0, big, zero;
+        fma.rn.bf16x2 $1, $1, big, zero;
+        fma.rn.bf16x2 $2, $2, big, zero;
+        fma.rn.bf16x2 $3, $3, big, zero;
+        fma.rn.bf16x2 $4, $4, big, zero;
+        fma.rn.bf16x2 $5, $5, big, zero;
+        fma.rn.bf16x2 $6, $6, big, zero;
+        fma.rn.bf16x2 $7, $7, big, zero;
+        fma.rn.bf16x2 $0, $0, $10, zero;
+        fma.rn.bf16x2 $1, $1, $10, zero;
+        fma.rn.bf16x2 $2, $2, $10, zero;
+        fma.rn.bf16x2 $3, $3, $10, zero;
+        fma.rn.bf16x2 $4, $4, $10, zero;
+        fma.rn.bf16x2 $5, $5, $10, zero;
+        fma.rn.bf16x2 $6, $6, $10, zero;
+        fma.rn.bf16x2 $7, $7, $10, zero;
+        }""",
+        constraints="=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
+        args=[words, scale],
+        dtype=(
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+        ),
+        is_pure=True,
+        pack=2,
+    )
