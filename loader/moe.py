@@ -162,10 +162,14 @@ class Experts(nn.Module):
     def _declare(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.register_parameter(name, empty_parameter(shape, dtype))
 
+    def stacked(self, prefix: Literal["w13", "w2"]) -> dict[str, Tensor]:
+        """The stored parts by role, packed as they are, ``(E, rows, columns)``."""
+        return {part.role: getattr(self, f"{prefix}_{part.name}") for part in self.layout.parts}
+
     def dequantize(self, experts_U: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``w13_U2FD`` and ``w2_UDF``; memory holds packed numbers only, apart from what this returns."""
-        w13 = {part.role: getattr(self, f"w13_{part.name}")[experts_U] for part in self.layout.parts}
-        w2 = {part.role: getattr(self, f"w2_{part.name}")[experts_U] for part in self.layout.parts}
+        w13 = {role: stored[experts_U] for role, stored in self.stacked("w13").items()}
+        w2 = {role: stored[experts_U] for role, stored in self.stacked("w2").items()}
         return (
             dequantize_stacked(self.layout, w13, dtype, stacked=2),
             dequantize_stacked(self.layout, w2, dtype, stacked=1),

@@ -44,7 +44,7 @@ class Model:
     scaling: float
 
     @classmethod
-    def of(cls, name: str, format: str, tp_size: int, *, fused: bool = True) -> Model:
+    def of(cls, name: str, format_name: str, tp_size: int, *, fused: bool = True) -> Model:
         """The layer of a model of `MODELS`; raises `ValueError` for an unknown one or a width that does not divide."""
         if name not in MODELS:
             raise ValueError(f"unknown shape `{name}`; there are {', '.join(MODELS)}")
@@ -53,7 +53,7 @@ class Model:
             raise ValueError(f"`{name}` has experts of width {width}, which {tp_size} ranks do not divide")
         return cls(
             name=name,
-            format=format,
+            format=format_name,
             tp_size=tp_size,
             n_routed=routed,
             n_shared=shared if fused else 0,
@@ -92,10 +92,9 @@ class Problem:
 
 def random_experts(model: Model, device: torch.device | str, seed: int) -> Experts:
     """Stacked weights in `model.format`, as the loader would have them, with numbers of a trained layer's size."""
-    known = {one.name: one for one in load_rules().formats}
     with torch.device("meta"):
         experts = Experts(
-            layout_of(known[model.format]),
+            layout_of(load_rules().formats[model.format]),
             n_experts=model.n_routed + model.n_shared,
             hidden_size=model.hidden_size,
             width=model.width,

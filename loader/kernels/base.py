@@ -5,12 +5,14 @@ Shapes: T tokens, D hidden size, F intermediate size of a slot, K slots of a tok
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from loader.activation import ExpertConfig
+from loader.formats import Layout
 
 
 class ExpertWeights(Protocol):
@@ -18,6 +20,19 @@ class ExpertWeights(Protocol):
 
     config: ExpertConfig
     """What is computed between the projections, and where a token's weight comes in."""
+    layout: Layout
+    """How the weights are stored."""
+
+    @property
+    def w13_bias(self) -> Tensor | None:
+        """``(E, 2F)``; None where the experts have none."""
+
+    @property
+    def w2_bias(self) -> Tensor | None:
+        """``(E, D)``; None where the experts have none."""
+
+    def stacked(self, prefix: Literal["w13", "w2"]) -> Mapping[str, Tensor]:
+        """The stored parts by role, packed as they are, ``(E, rows, columns)``; `w13` has gate rows, then up rows."""
 
     def dequantize(self, experts_U: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``w13_U2FD`` (gate rows, then up rows) and ``w2_UDF`` of the experts with these ids."""

@@ -84,7 +84,7 @@ def default(shape: Shape, tokens: int, multiprocessors: int) -> Config:
         return Config(
             block_m=16,
             gate_up=Tiles(block_n=block_n, block_c=step, warps=4, stages=4),
-            down=Tiles(block_n=64, block_c=down_step, warps=4, stages=4),
+            down=Tiles(block_n=64, block_c=down_step, warps=4, stages=3),
             splits=splits,
             by_token=True,
         )

@@ -1,7 +1,7 @@
 """The two grouped products of an MoE layer and what joins them, one template for all formats.
 
-Shapes: T tokens, K slots of a token, P = T * K pairs, E slots of the stack, D hidden size, F intermediate size of a slot,
-M pairs of one block, N rows of a weight tile, C columns of a step. Everything is accumulated in float32.
+Shapes: T tokens, K slots of a token, P = T * K pairs, E slots of the stack, D hidden size, F intermediate size of a
+slot, M pairs of one block, N rows of a weight tile, C columns of a step. Everything is accumulated in float32.
 
 Weights are the left operand: a weight tile's rows fill the 64 rows of Hopper's ``wgmma`` whatever the number of tokens,
 and numbers unpacked in registers (`triton_unpack`) go into it without a detour through shared memory.
@@ -123,26 +123,22 @@ def _gated(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr, UP_OFFSET: tl.con
 @triton.jit
 def _hidden(
     source,
-    place_M,
-    here_M,
-    begin,
+    place,
+    c,
+    mask,
     P,
     F,
     SPLITS: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     UP_OFFSET: tl.constexpr,
-    EVEN: tl.constexpr,
-    C: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """``(M, C)`` of what goes into down: read, or summed up from the parts of a split `gate_up` and gated here."""
-    c = begin + tl.arange(0, C)
-    mask = here_M[:, None] if EVEN else here_M[:, None] & (c[None, :] < F)
+    """What goes into down, of `place` and column `c`: read, or the parts of a split `gate_up` summed and gated here."""
     if SPLITS == 1:
-        return tl.load(source + place_M[:, None].to(tl.int64) * F + c[None, :], mask=mask, other=0.0)
+        return tl.load(source + place * F + c, mask=mask, other=0.0)
     else:
-        at = source + place_M[:, None].to(tl.int64) * (2 * F) + c[None, :]
+        at = source + place * (2 * F) + c
         gate = tl.load(at, mask=mask, other=0.0)
         up = tl.load(at + F, mask=mask, other=0.0)
         for split in tl.static_range(1, SPLITS):
@@ -150,6 +146,12 @@ def _hidden(
             gate += tl.load(part, mask=mask, other=0.0)
             up += tl.load(part + F, mask=mask, other=0.0)
         return tl.where(mask, _gated(gate, up, LIMIT, ALPHA, UP_OFFSET), 0.0).to(dtype)
+
+
+@triton.jit
+def _one_row(x_C, M: tl.constexpr):
+    """``(M, C)`` with `x_C` first and zeros below: products on tensor cores take no fewer."""
+    return tl.where((tl.arange(0, M) == 0)[:, None], x_C[None, :], 0.0).to(x_C.dtype)
 
 
 @triton.jit
@@ -225,8 +227,12 @@ def gate_up(
         accumulator = tl.zeros((2 * BLOCK_N, BLOCK_M), dtype=tl.float32)
         for step in range(split * steps, (split + 1) * steps):
             c = step * BLOCK_C + tl.arange(0, BLOCK_C)
-            mask = here_M[:, None] if EVEN else here_M[:, None] & (c[None, :] < D)
-            x_MC = tl.load(x_at + c[None, :], mask=mask, other=0.0)
+            if PAIRWISE:
+                x_C = tl.load(x + (b // K).to(tl.int64) * D + c, mask=c < D, other=0.0)
+                x_MC = _one_row(x_C, BLOCK_M)
+            else:
+                mask = here_M[:, None] if EVEN else here_M[:, None] & (c[None, :] < D)
+                x_MC = tl.load(x_at + c[None, :], mask=mask, other=0.0)
             accumulator = _add_product(
                 accumulator,
                 x_MC,
@@ -308,9 +314,7 @@ def down(
         accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for step in range(tl.cdiv(F, BLOCK_C)):
             begin = step * BLOCK_C
-            h_MC = _hidden(
-                hidden, place_M, here_M, begin, P, F, SPLITS, LIMIT, ALPHA, UP_OFFSET, EVEN, BLOCK_C, DTYPE
-            )
+            h_MC = _hidden(hidden, place_M, here_M, begin, P, F, SPLITS, LIMIT, ALPHA, UP_OFFSET, EVEN, BLOCK_C, DTYPE)
             accumulator = _add_product(
                 accumulator,
                 h_MC,
@@ -331,9 +335,7 @@ def down(
             accumulator += tl.load(bias + row_N).to(tl.float32)[:, None]
         accumulator *= tl.load(router_weights + pair_M, mask=here_M, other=0.0).to(tl.float32)[None, :]
         mask = here_M[:, None] & (d[None, :] < D)
-        tl.store(
-            out + pair_M[:, None].to(tl.int64) * D + d[None, :], accumulator.T.to(out.dtype.element_ty), mask=mask
-        )
+        tl.store(out + pair_M[:, None].to(tl.int64) * D + d[None, :], accumulator.T.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -384,21 +386,9 @@ def down_by_token(
         scale_row_N = row_N
         if FORMAT == "fp8_block":
             scale_row_N = expert.to(tl.int64) * tl.cdiv(D, 128) + d_N // 128
-        h_MC = _hidden(
-            hidden,
-            pair + tl.arange(0, BLOCK_M),
-            first_M,
-            begin,
-            P,
-            F,
-            SPLITS,
-            LIMIT,
-            ALPHA,
-            UP_OFFSET,
-            EVEN,
-            BLOCK_C,
-            DTYPE,
-        )
+        c = begin + tl.arange(0, BLOCK_C)
+        h_C = _hidden(hidden, pair.to(tl.int64), c, c < F, P, F, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
+        h_MC = _one_row(h_C, BLOCK_M)
         part = _add_product(
             tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32),
             h_MC,

@@ -281,7 +281,8 @@ def _schedule(ids: Tensor, router: Tensor, n_slots: int, block_m: int) -> _Sched
             num_warps=8,
         )
         return made
-    sort_pairs[(n_slots,)](ids, router, made.order, room, pairs, n_slots, CHUNK=min(triton.next_power_of_2(pairs), 4096))
+    chunk = min(triton.next_power_of_2(pairs), 4096)
+    sort_pairs[(n_slots,)](ids, router, made.order, room, pairs, n_slots, CHUNK=chunk)
     cut_blocks[(1,)](room, made.blocks, made.n, n_slots, EXPERTS=experts, BLOCK_M=block_m)
     return made
 

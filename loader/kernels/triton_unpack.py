@@ -2,8 +2,9 @@
 
 A word is the little-endian int32 of eight neighbouring 4-bit numbers, the first in its lowest bits: what
 compressed-tensors' pack-quantized int4 stores as int32, and MXFP4 as four bytes with the first number in the low half.
-Column ``8 * j + c`` is nibble c of word j, so that stream c of a tile of words goes with every eighth column of x from c
-on. Each helper in inline assembly has a twin in plain arithmetic, which the interpreter and other vendors' devices run.
+Column ``8 * j + c`` is nibble c of word j, so that stream c of a tile of words goes with every eighth column of x from
+c on. Each helper in inline assembly has a twin in plain arithmetic, which the interpreter and other vendors' devices
+run.
 """
 
 from __future__ import annotations

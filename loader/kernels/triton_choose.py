@@ -1,0 +1,130 @@
+"""The router in two launches: its logits, and the choice of each token's slots with their weights.
+
+Shapes: T tokens, D hidden size, E routed experts, S shared slots behind them, K routed slots of a token, G groups.
+Meaning and sources are those of `loader.moe.Router`, which is the reference.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from loader.kernels.triton_experts import _dot
+
+
+@triton.jit
+def router_logits(
+    x, weight, out, T, E, D, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Parts of ``x @ weight.T``, float32 ``(SPLITS, T, E)``, each over its share of the columns: `choose` sums them."""
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    split = tl.program_id(2)
+    steps = tl.cdiv(tl.cdiv(D, BLOCK_C), SPLITS)
+    total = tl.zeros((BLOCK_E, BLOCK_T), dtype=tl.float32)
+    for step in range(split * steps, (split + 1) * steps):
+        c = step * BLOCK_C + tl.arange(0, BLOCK_C)
+        w_EC = tl.load(weight + e[:, None] * D + c[None, :], mask=(e[:, None] < E) & (c[None, :] < D), other=0.0)
+        x_TC = tl.load(
+            x + t[:, None].to(tl.int64) * D + c[None, :], mask=(t[:, None] < T) & (c[None, :] < D), other=0.0
+        )
+        if w_EC.dtype != x_TC.dtype:
+            total = _dot(w_EC.to(tl.float32), x_TC.to(tl.float32).T, total)
+        else:
+            total = _dot(w_EC, x_TC.T, total)
+    at = out + (tl.cast(T, tl.int64) * split + t[:, None]) * E + e[None, :]
+    tl.store(at, total.T, mask=(t[:, None] < T) & (e[None, :] < E))
+
+
+@triton.jit
+def choose(
+    logits,
+    logit_bias,
+    choice_bias,
+    shared_weights,
+    weights,
+    ids,
+    T,
+    E,
+    scaling,
+    SPLITS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    LOGIT_BIASED: tl.constexpr,
+    CHOICE_BIASED: tl.constexpr,
+    SHARED_GATED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    OPEN_GROUPS: tl.constexpr,
+    TOP2_SUM: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """One program a token: ``weights`` float32 and ``ids`` int32, ``(T, K + S)``, the shared slots last.
+
+    EXPERTS and SLOTS are powers of two that hold E and K + S. Equal scores go to the lower number; a logit that is not
+    a number makes all weights of the token NaN, and its ids remain valid.
+    """
+    token = tl.program_id(0)
+    e = tl.arange(0, EXPERTS)
+    here = e < E
+    at = logits + token.to(tl.int64) * E + e
+    logit = tl.load(at, mask=here, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        logit += tl.load(at + tl.cast(T, tl.int64) * E * split, mask=here, other=0.0)
+    if LOGIT_BIASED:
+        logit += tl.load(logit_bias + e, mask=here, other=0.0).to(tl.float32)
+    broken = tl.sum((here & (logit != logit)).to(tl.int32), 0) > 0
+    logit = tl.where(here & (logit == logit), logit, float("-inf"))
+    if SIGMOID:
+        score = tl.sigmoid(logit)
+    else:
+        power = tl.exp(logit - tl.max(logit, 0))
+        score = power / tl.sum(power, 0)
+    choice = score
+    if CHOICE_BIASED:
+        choice += tl.load(choice_bias + e, mask=here, other=0.0).to(tl.float32)
+    choice = tl.where(here & (choice == choice), choice, float("-inf"))
+    if GROUPS > 1:
+        group = e // (E // GROUPS)
+        g = tl.arange(0, GROUPS)
+        worth = tl.full((GROUPS,), float("-inf"), tl.float32)
+        for n in tl.static_range(GROUPS):
+            mine = tl.where(group == n, choice, float("-inf"))
+            best, first = tl.max(mine, 0), tl.argmax(mine, 0)
+            if TOP2_SUM:
+                best += tl.max(tl.where(e == first, float("-inf"), mine), 0)
+            worth = tl.where(g == n, best, worth)
+        open_E = tl.zeros((EXPERTS,), dtype=tl.int32)
+        for _ in tl.static_range(OPEN_GROUPS):
+            best_group = tl.argmax(worth, 0)
+            open_E = tl.where(group == best_group, 1, open_E)
+            worth = tl.where(g == best_group, float("-inf"), worth)
+        # DeepSeek V3 shuts the others out; V2 gives them 0.0, below all its scores, which a softmax makes positive.
+        choice = tl.where(here & (open_E == 0), float("-inf") if TOP2_SUM else 0.0, choice)
+    k = tl.arange(0, SLOTS)
+    chosen = tl.zeros((SLOTS,), dtype=tl.int32)
+    weight = tl.zeros((SLOTS,), dtype=tl.float32)
+    left = here
+    for n in tl.static_range(K):
+        # -inf can be the best that is left: those that are left still come before those that are not.
+        rank = tl.where(left, tl.maximum(choice, -3.0e38), float("-inf"))
+        best = tl.argmax(rank, 0)
+        chosen = tl.where(k == n, best.to(tl.int32), chosen)
+        weight = tl.where(k == n, tl.sum(tl.where(e == best, score, 0.0), 0), weight)
+        left = left & (e != best)
+    if NORMALISED:
+        weight = weight / (tl.sum(weight, 0) + 1e-20)
+    weight = weight * scaling
+    is_shared = (k >= K) & (k < K + S)
+    if SHARED_GATED:
+        shared = tl.load(shared_weights + token).to(tl.float32)
+        weight = tl.where(is_shared, shared, weight)
+    else:
+        weight = tl.where(is_shared, 1.0, weight)
+    weight = tl.where(broken, float("nan"), weight)
+    chosen = tl.where(is_shared, E + k - K, chosen)
+    out = token.to(tl.int64) * (K + S) + k
+    tl.store(weights + out, weight, mask=k < K + S)
+    tl.store(ids + out, chosen, mask=k < K + S)

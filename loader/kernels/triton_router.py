@@ -1,0 +1,77 @@
+"""`loader.moe.Router`, with its shared slots where it has some, by our Triton kernels."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor, nn
+
+from loader.kernels.triton_choose import choose, router_logits
+from loader.moe import Router, SharedGate
+
+BLOCK_E, BLOCK_C = 64, 128
+MOST_SPLITS = 16
+
+
+class TritonRouter(nn.Module):
+    """Routed slots as `router` chooses them, then `n_shared` slots behind its experts that all tokens go to."""
+
+    def __init__(self, router: Router, n_shared: int = 0, gate: SharedGate | None = None) -> None:
+        super().__init__()
+        self.router, self.n_shared, self.gate = router, n_shared, gate
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """``topk_weights`` in float32 and ``topk_ids`` in int32, both ``(T, K + S)``."""
+        c, weight_ED = self.router.config, self.router.weight
+        x_TD, (tokens, hidden), experts = x_TD.contiguous(), x_TD.shape, weight_ED.shape[0]
+        slots = c.top_k + self.n_shared
+        weights = torch.empty(tokens, slots, dtype=torch.float32, device=x_TD.device)
+        ids = torch.empty(tokens, slots, dtype=torch.int32, device=x_TD.device)
+        if not tokens:
+            return weights, ids
+        block_t = min(max(triton.next_power_of_2(tokens), 16), 64)
+        tiles = -(-experts // BLOCK_E) * -(-tokens // block_t)
+        # About two programs to a multiprocessor of the largest devices, each with some steps to overlap its loads.
+        splits = max(1, min(MOST_SPLITS, 256 // tiles, hidden // (2 * BLOCK_C)))
+        logits = torch.empty(splits, tokens, experts, dtype=torch.float32, device=x_TD.device)
+        router_logits[(-(-experts // BLOCK_E), -(-tokens // block_t), splits)](
+            x_TD,
+            weight_ED,
+            logits,
+            tokens,
+            experts,
+            hidden,
+            SPLITS=splits,
+            BLOCK_T=block_t,
+            BLOCK_E=BLOCK_E,
+            BLOCK_C=BLOCK_C,
+            num_warps=4,
+            num_stages=4,
+        )
+        logit_bias, choice_bias = self.router.bias, self.router.e_score_correction_bias
+        choose[(tokens,)](
+            logits,
+            logits if logit_bias is None else logit_bias,
+            logits if choice_bias is None else choice_bias,
+            logits if self.gate is None else self.gate(x_TD),
+            weights,
+            ids,
+            tokens,
+            experts,
+            1.0 if c.norm_topk_prob and not c.scales_normalised else c.routed_scaling_factor,
+            SPLITS=splits,
+            SIGMOID=c.scoring_func == "sigmoid",
+            LOGIT_BIASED=logit_bias is not None,
+            CHOICE_BIASED=choice_bias is not None,
+            SHARED_GATED=self.gate is not None and self.n_shared > 0,
+            GROUPS=c.n_group,
+            OPEN_GROUPS=c.topk_group,
+            TOP2_SUM=c.group_score == "top2_sum",
+            NORMALISED=c.norm_topk_prob,
+            K=c.top_k,
+            S=self.n_shared,
+            EXPERTS=triton.next_power_of_2(experts),
+            SLOTS=triton.next_power_of_2(slots),
+            num_warps=4,
+        )
+        return weights, ids

@@ -1,0 +1,107 @@
+"""Compile what a call would launch, for any device, without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from gatekeeper import load_rules
+from loader.formats import layout_of
+from loader.kernels import triton_layer
+from loader.kernels.configs import Config, Shape
+from loader.kernels.eager import eager
+from loader.moe import Experts
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it was asked for."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for launches that compile to the same."""
+        kinds = tuple(_kind(value) for value in self.arguments)
+        return self.kernel.__name__, kinds, tuple(sorted(self.keywords.items(), key=lambda item: item[0]))
+
+    def compile(self, arch: str) -> Any:
+        """As the just-in-time compiler would, with pointers and sizes aligned as they are for real shapes."""
+        signature: dict[str, str] = {}
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+        for i, parameter in enumerate(self.kernel.params):
+            value = self.arguments[i] if i < len(self.arguments) else self.keywords[parameter.name]
+            if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+                signature[parameter.name], constants[i,] = "constexpr", value
+                continue
+            signature[parameter.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            if isinstance(value, torch.Tensor) or value % 16 == 0:
+                attributes[i,] = [["tt.divisibility", 16]]
+        options = {name: self.keywords[name] for name in ("num_warps", "num_stages") if name in self.keywords}
+        source = ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
+        return triton.compile(source, target=TARGETS[arch], options=options)
+
+
+def _kind(value: Any) -> Any:
+    return value.dtype if isinstance(value, torch.Tensor) else (value == 1, value % 16 == 0)
+
+
+@contextmanager
+def recorded(arch: str) -> Iterator[list[Launch]]:
+    """What is launched within, which is not run; `arch` says whether assembly is for it."""
+    launches: list[Launch] = []
+
+    def run(self: Any, *arguments: Any, grid: Any, warmup: bool = False, **keywords: Any) -> None:
+        launches.append(Launch(self, arguments, keywords))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", run)
+        patch.setattr(triton_layer, "_is_nvidia", lambda device: TARGETS[arch].backend == "cuda")
+        yield launches
+
+
+def launches_of(shape: Shape, tokens: int, config: Config, arch: str, dtype: torch.dtype) -> list[Launch]:
+    """The launches of one call, on tensors without memory."""
+    with torch.device("meta"):
+        experts = Experts(
+            layout_of(load_rules().formats[shape.format]),
+            n_experts=shape.n_slots,
+            hidden_size=shape.hidden_size,
+            width=shape.width,
+            kernel=eager,
+        )
+        x = torch.empty(tokens, shape.hidden_size, dtype=dtype)
+        weights = torch.empty(tokens, shape.top_k)
+        ids = torch.empty(tokens, shape.top_k, dtype=torch.int32)
+    with recorded(arch) as launches:
+        triton_layer.TritonExperts(experts)(x, weights, ids, config=config)
+    return launches

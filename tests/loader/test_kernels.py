@@ -1,0 +1,284 @@
+"""The Triton kernels on the CPU, by Triton's interpreter: what they compute, not how fast (see suites.yaml)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loader.activation import ExpertConfig
+from loader.kernels.configs import Config, Tiles
+from loader.kernels.eager import eager
+from tests.loader.stacks import stack
+
+pytestmark = pytest.mark.kernels
+
+GPT_OSS = ExpertConfig(limit=7.0, alpha=1.702, up_offset=1.0)
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Of the norm. The interpreter cuts bf16 off where a device rounds, so that errors add up: up to 2**-8 for each."""
+FP8_TOLERANCE = 0.12
+"""Activations in E4M3 have three bits of mantissa; the interpreter cuts off here, too."""
+
+
+@pytest.fixture(scope="session")
+def layer() -> Any:
+    """`loader.kernels.triton_layer`, which can only be imported where Triton is installed."""
+    from loader.kernels import triton_layer
+
+    return triton_layer
+
+
+def small_tiles(format_name: str, **other: Any) -> Config:
+    step = 128 if format_name != "bf16" else 32
+    tiles = Tiles(block_n=16, block_c=step, warps=4, stages=2)
+    return replace(Config(block_m=16, gate_up=tiles, down=tiles), **other)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+
+
+CONFIGS = [
+    {"by_token": True},
+    {"by_token": True, "splits": 2},
+    {"splits": 3},
+    {},
+    {"block_m": 32},
+    {"programs": 1},
+    {"programs": 1, "block_m": 64},
+]
+FORMATS = ["bf16", "fp16", "fp32", "fp8_block", "int4_g32", "mxfp4"]
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> dict[str, Any]:
+    """Shapes, a configuration and a routing; sizes that are no multiples of any tile, empty and crowded experts."""
+    format_name = draw(st.sampled_from(FORMATS))
+    unit = 32 if format_name in ("int4_g32", "mxfp4") else draw(st.sampled_from([1, 7, 16]))
+    slots = draw(st.integers(1, 12))
+    return {
+        "format_name": format_name,
+        "hidden": unit * draw(st.integers(1, 9)),
+        "width": unit * draw(st.integers(1, 5)),
+        "slots": slots,
+        "top_k": draw(st.integers(1, min(slots, 10))),
+        "tokens": draw(st.sampled_from([0, 1, 2, 3, 5, 17, 40])),
+        "config": draw(st.sampled_from(CONFIGS)),
+        "routing": draw(st.sampled_from(["random", "crowded", "same"])),
+        "dropped": draw(st.booleans()),
+        "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        "experts": draw(st.sampled_from([ExpertConfig(), GPT_OSS])),
+        "biased": draw(st.booleans()),
+        "seed": draw(st.integers(0, 99)),
+    }
+
+
+def routed(call: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(call["seed"])
+    tokens, slots, k = call["tokens"], call["slots"], call["top_k"]
+    x = torch.randn(tokens, call["hidden"], generator=generator)
+    scores = torch.rand(tokens, slots, generator=generator)
+    if call["routing"] == "crowded":
+        scores[:, 0] += 1  # one expert has all tokens
+    if call["routing"] == "same":
+        scores = scores[:1].expand(tokens, slots) if tokens else scores
+    weights, ids = scores.topk(k, dim=-1)
+    if call["dropped"]:
+        weights = weights.masked_fill(torch.rand(weights.shape, generator=generator) < 0.3, 0.0)
+    return x, weights.contiguous(), ids.contiguous()
+
+
+@settings(max_examples=70, deadline=None)
+@given(call=calls())
+def test_the_kernels_compute_what_the_reference_does(layer: Any, call: dict[str, Any]) -> None:
+    of = call["format_name"]
+    # Numbers as they are stored go with x of their own dtype, or with float32.
+    native = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(of, torch.bfloat16)
+    dtype = torch.float32 if call["dtype"] == torch.float32 else native
+    experts = stack(
+        of,
+        slots=call["slots"],
+        hidden=call["hidden"],
+        width=call["width"],
+        seed=call["seed"],
+        config=call["experts"],
+        biased=call["biased"],
+    )
+    x, weights, ids = routed(call)
+    actual = layer.TritonExperts(experts)(x.to(dtype), weights, ids, config=small_tiles(of, **call["config"]))
+    expected = eager(x.to(dtype).float(), weights, ids, experts)
+    assert actual.dtype == dtype
+    assert actual.shape == expected.shape
+    tolerance = TOLERANCES[dtype] if of != "fp8_block" or dtype == torch.float32 else FP8_TOLERANCE
+    assert relative(actual, expected) <= tolerance
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 4, 5, 48])
+def test_the_configuration_by_counting_is_right_too(layer: Any, format_name: str, tokens: int) -> None:
+    experts = stack(format_name, slots=9, hidden=192, width=96)
+    call = {"seed": 1, "tokens": tokens, "slots": 9, "top_k": 4, "hidden": 192, "routing": "random", "dropped": False}
+    x, weights, ids = routed(call)
+    actual = layer.TritonExperts(experts)(x, weights, ids)
+    assert relative(actual, eager(x, weights, ids, experts)) <= TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize("config", CONFIGS[:4])
+def test_what_weighs_nothing_stays_out(layer: Any, config: dict[str, Any]) -> None:
+    """A token without a weight may be NaN, or infinite: nobody else sees it, and it comes out as 0."""
+    experts = stack("bf16", slots=5, hidden=48, width=32)
+    call = {"seed": 2, "tokens": 6, "slots": 5, "top_k": 2, "hidden": 48, "routing": "crowded", "dropped": False}
+    x, weights, ids = routed(call)
+    clean = layer.TritonExperts(experts)(x, weights, ids, config=small_tiles("bf16", **config))
+    x[1], x[4], weights[1], weights[4] = torch.nan, torch.inf, 0.0, 0.0
+    dirty = layer.TritonExperts(experts)(x, weights, ids, config=small_tiles("bf16", **config))
+    others = [0, 2, 3, 5]
+    assert torch.equal(dirty[others], clean[others])
+    assert torch.equal(dirty[[1, 4]], torch.zeros(2, 48))
+
+
+@pytest.mark.parametrize("config", CONFIGS[:4])
+@pytest.mark.parametrize("bad", [-1, 5, 2**31 - 1, -(2**31)])
+def test_an_expert_that_does_not_exist_is_loud(layer: Any, config: dict[str, Any], bad: int) -> None:
+    """Nothing outside of the stack is read, the token is NaN, and no other is."""
+    experts = stack("int4_g32", slots=5, hidden=64, width=32)
+    call = {"seed": 3, "tokens": 4, "slots": 5, "top_k": 3, "hidden": 64, "routing": "random", "dropped": False}
+    x, weights, ids = routed(call)
+    expected = eager(x, weights, ids, experts)
+    ids[2, 1] = bad
+    actual = layer.TritonExperts(experts)(x, weights, ids, config=small_tiles("int4_g32", **config))
+    assert actual[2].isnan().all()
+    assert relative(actual[[0, 1, 3]], expected[[0, 1, 3]]) <= TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize("config", CONFIGS[:4])
+def test_a_weight_that_is_not_a_number_is_loud(layer: Any, config: dict[str, Any]) -> None:
+    experts = stack("bf16", slots=4, hidden=32, width=16)
+    call = {"seed": 4, "tokens": 3, "slots": 4, "top_k": 2, "hidden": 32, "routing": "random", "dropped": False}
+    x, weights, ids = routed(call)
+    weights[1, 0] = torch.nan
+    actual = layer.TritonExperts(experts)(x, weights, ids, config=small_tiles("bf16", **config))
+    assert actual[1].isnan().all()
+    assert actual[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("config", CONFIGS[:4])
+def test_strided_and_misaligned_inputs(layer: Any, config: dict[str, Any]) -> None:
+    experts = stack("bf16", slots=4, hidden=33, width=17)
+    generator = torch.Generator().manual_seed(5)
+    wide = torch.randn(7, 2 * 33 + 1, generator=generator)
+    x = wide[:, 1::2]  # neither contiguous nor aligned
+    weights, ids = torch.rand(4, 7, generator=generator).T.topk(2, dim=-1)
+    actual = layer.TritonExperts(experts)(x, weights, ids, config=small_tiles("bf16", **config))
+    assert relative(actual, eager(x, weights, ids, experts)) <= TOLERANCES[torch.float32]
+
+
+def test_what_is_added_comes_out_with_the_sum(layer: Any) -> None:
+    experts = stack("bf16", slots=4, hidden=32, width=16)
+    for tokens in (0, 2, 9):
+        call = {"seed": 6, "slots": 4, "top_k": 2, "hidden": 32, "routing": "random", "dropped": False}
+        x, weights, ids = routed({**call, "tokens": tokens})
+        base = torch.randn(tokens, 32)
+        actual = layer.TritonExperts(experts)(x, weights, ids, base_TD=base)
+        torch.testing.assert_close(actual, base + eager(x, weights, ids, experts), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"x": torch.zeros(3, 31)}, r"x is \[3, 31\], expected \[3, 32\]"),
+        ({"x": torch.zeros(2, 32)}, r"x is \[2, 32\], expected \[3, 32\]"),
+        ({"weights": torch.zeros(3, 1)}, r"topk_weights is \[3, 1\], topk_ids \[3, 2\]"),
+        ({"ids": torch.zeros(3, 2)}, r"topk_ids is torch.float32, expected int32 or int64"),
+        ({"x": torch.zeros(3, 32, dtype=torch.float64)}, "expected bfloat16, float16 or float32"),
+        ({"x": torch.zeros(3, 32, dtype=torch.float16)}, "the weights are torch.bfloat16; give x in that, or in float"),
+        ({"x": torch.zeros(3, 32, device="meta")}, "are on .*cpu.*meta.*, expected one"),
+    ],
+)
+def test_inputs_that_do_not_belong_together(layer: Any, change: dict[str, Tensor], says: str) -> None:
+    given_ = {"x": torch.zeros(3, 32), "weights": torch.zeros(3, 2), "ids": torch.zeros(3, 2, dtype=torch.int64)}
+    given_ |= change
+    with pytest.raises(ValueError, match=says):
+        layer.TritonExperts(stack("bf16", slots=4, hidden=32, width=16))(given_["x"], given_["weights"], given_["ids"])
+
+
+def test_more_work_than_int32_counts_is_refused(layer: Any) -> None:
+    experts = layer.TritonExperts(stack("bf16", slots=4, hidden=32, width=16))
+    tokens = 2**27
+    with pytest.raises(ValueError, match="134217728 tokens of 9 slots are more work than one call takes"):
+        experts(
+            torch.zeros(1, 1).expand(tokens, 32),
+            torch.zeros(1, 1).expand(tokens, 9),
+            torch.zeros(1, 1, dtype=torch.int64).expand(tokens, 9),
+        )
+
+
+def test_formats_and_activations_that_the_kernels_do_not_have(layer: Any) -> None:
+    with pytest.raises(ValueError, match="have no `nvfp4`; there are bf16, "):
+        layer.TritonExperts(stack("nvfp4", slots=2, hidden=32, width=16))
+    with pytest.raises(ValueError, match="not `gelu_pytorch_tanh` weighed at the output"):
+        layer.TritonExperts(
+            stack("bf16", slots=2, hidden=32, width=16, config=ExpertConfig(hidden_act="gelu_pytorch_tanh"))
+        )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 120),
+    slots=st.integers(1, 40),
+    top_k=st.integers(1, 6),
+    block_m=st.sampled_from([16, 32, 64]),
+    routing=st.sampled_from(["random", "crowded", "same"]),
+    dropped=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_schedule_has_every_pair_once_in_blocks_of_one_expert(
+    layer: Any, tokens: int, slots: int, top_k: int, block_m: int, routing: str, dropped: bool, seed: int
+) -> None:
+    k = min(top_k, slots)
+    call = {"seed": seed, "tokens": tokens, "slots": slots, "top_k": k, "hidden": 1, "routing": routing}
+    _, weights, ids = routed({**call, "dropped": dropped})
+    schedule = layer._schedule(ids, weights, slots, block_m)
+    n = int(schedule.n)
+    assert n <= schedule.most
+    computed = (weights != 0).flatten()
+    expected = [p for p in ids.flatten().argsort(stable=True).tolist() if computed[p]]
+    assert schedule.order[: len(expected)].tolist() == expected
+    place = 0
+    for expert, first, end in schedule.blocks[:n].tolist():
+        assert first == place
+        assert first < end <= first + block_m
+        assert {int(ids.flatten()[p]) for p in expected[first:end]} == {expert}
+        place = end
+    assert place == len(expected)
+
+
+@pytest.mark.parametrize("format_name", ["int4_g32", "mxfp4"])
+def test_every_code_with_every_scale_is_unpacked_exactly(layer: Any, format_name: str) -> None:
+    """One expert whose gate is the identity shows the stored numbers themselves, in float32."""
+    experts = stack(format_name, slots=1, hidden=256, width=256)
+    w2, scale = experts.stacked("w2")["weight"], experts.stacked("w2")["scale"]
+    w2.view(torch.uint8).copy_(torch.arange(256, dtype=torch.uint8).repeat(256 // 2).view(1, 256, 128))
+    if format_name == "mxfp4":
+        # Code 255 is NaN, and would be in every row.
+        scale.view(torch.uint8).copy_((torch.arange(256 * 8) % 255).to(torch.uint8).view(1, 256, 8))
+    else:
+        scale.copy_(torch.linspace(1e-3, 2.0, 256 * 8).view(1, 256, 8))
+    expected = experts.dequantize(torch.zeros(1, dtype=torch.int64), torch.float32)[1][0]
+    triton = pytest.importorskip("triton")
+    numbers = torch.empty(256, 256)
+    _show_unpacked(triton)[(1,)](
+        w2.view(torch.int32), layer._scale(scale, w2), numbers, FORMAT=format_name, ROWS=256, C=256
+    )
+    assert torch.equal(numbers, expected)
+
+
+def _show_unpacked(triton: Any) -> Any:
+    from tests.loader.unpacked import show_unpacked
+
+    return show_unpacked
