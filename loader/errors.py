@@ -55,6 +55,10 @@ class StaleDecisionError(GatekeeperError):
     """The decisions were made for another checkpoint than the one to be loaded."""
 
 
+class TableError(GatekeeperError):
+    """A table of measured kernel configurations can't be used."""
+
+
 class VerificationError(GatekeeperError):
     """A loaded layer computes something else than the checkpoint says."""
 

@@ -5,7 +5,7 @@ Nothing here waits for the device, so that a call can be captured in a CUDA grap
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,10 +31,20 @@ MOST_WORK = 2**31 - 1
 """Pairs and tiles are counted in int32 on the device."""
 
 
+Launch = Callable[..., None]
+"""What to do with a kernel, its grid and its arguments."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Run it."""
+    kernel[grid](*arguments, **options)
+
+
 class TritonExperts:
     """The routed (and fused shared) experts of one layer; holds views of its weights, no memory of its own."""
 
-    def __init__(self, weights: ExpertWeights) -> None:
+    def __init__(self, weights: ExpertWeights, *, launch: Launch = launch, assembly: bool | None = None) -> None:
+        """`assembly`: whether helpers in NVIDIA's assembly may be used; None: where the inputs are on such a device."""
         config, layout = weights.config, weights.layout
         kind = FORMATS.get(layout.name)
         if kind is None:
@@ -45,7 +55,7 @@ class TritonExperts:
                 f"{config.weighed}"
             )
         w13, w2 = weights.stacked("w13"), weights.stacked("w2")
-        self.kind = kind
+        self.kind, self.launch, self._assembly = kind, launch, assembly
         self.w13, self.w2 = _words(w13["weight"], kind), _words(w2["weight"], kind)
         self.scale13, self.scale2 = _scale(w13.get("scale"), self.w13), _scale(w2.get("scale"), self.w2)
         self.bias13, self.bias2 = weights.w13_bias, weights.w2_bias
@@ -93,10 +103,12 @@ class TritonExperts:
             hidden = call.gate_up(None)
             y_TD = call.down_by_token(hidden, y_TD)
             return y_TD if base_TD is None else y_TD.add_(base_TD)
-        schedule = _schedule(ids, router, self.n_slots, config.block_m)
+        schedule = call.schedule()
         pairs_PD = call.down(call.gate_up(schedule), schedule)
         block = 1024
-        combine[(-(-self.hidden_size // block), tokens)](
+        self.launch(
+            combine,
+            (-(-self.hidden_size // block), tokens),
             pairs_PD,
             ids,
             router,
@@ -136,14 +148,45 @@ class _Call:
     def __init__(self, experts: TritonExperts, x_TD: Tensor, ids: Tensor, router: Tensor, config: Config) -> None:
         self.experts, self.x, self.ids, self.router, self.config = experts, x_TD, ids, router, config
         self.pairs, self.k = ids.numel(), ids.shape[1]
-        # Assembly is for NVIDIA, and for bf16 arithmetic on scales that are one.
+        native = _is_nvidia(x_TD.device) if experts._assembly is None else experts._assembly
+        # It computes in bf16, from scales that are bf16 or powers of two.
         self.assembly = (
-            _is_nvidia(x_TD.device)
+            native
             and x_TD.dtype == torch.bfloat16
             and experts.kind in ("int4_g32", "mxfp4")
-            and experts.scale13.dtype in (torch.bfloat16, torch.uint8)
-            and experts.scale2.dtype in (torch.bfloat16, torch.uint8)
+            and {experts.scale13.dtype, experts.scale2.dtype} <= {torch.bfloat16, torch.uint8}
         )
+
+    def schedule(self) -> _Schedule:
+        """Sort the pairs by expert: one launch where they are few, else two."""
+        ids, router, n_slots, block_m = self.ids, self.router, self.experts.n_slots, self.config.block_m
+        made = _Schedule(ids, n_slots, block_m)
+        experts = _power_of_two(n_slots + 1)
+        room = torch.empty(2 * experts, dtype=torch.int32, device=ids.device)
+        if self.pairs <= SMALL:
+            size = max(_power_of_two(self.pairs), 16)
+            self.experts.launch(
+                schedule_small,
+                (1,),
+                ids,
+                router,
+                made.order,
+                made.blocks,
+                made.n,
+                room,
+                self.pairs,
+                n_slots,
+                PAIRS=size,
+                EXPERTS=experts,
+                CHUNK=min(size, 64),
+                BLOCK_M=block_m,
+                num_warps=8,
+            )
+            return made
+        chunk = min(_power_of_two(self.pairs), 4096)
+        self.experts.launch(sort_pairs, (n_slots,), ids, router, made.order, room, self.pairs, n_slots, CHUNK=chunk)
+        self.experts.launch(cut_blocks, (1,), room, made.blocks, made.n, n_slots, EXPERTS=experts, BLOCK_M=block_m)
+        return made
 
     def gate_up(self, schedule: _Schedule | None) -> Tensor:
         e, c, t = self.experts, self.config, self.config.gate_up
@@ -154,7 +197,9 @@ class _Call:
         n_blocks = self.pairs if schedule is None else schedule.most
         tiles = n_blocks * -(-e.width // t.block_n) * c.splits
         order, blocks, count = (self.ids,) * 3 if schedule is None else (schedule.order, schedule.blocks, schedule.n)
-        gate_up[self._grid(tiles)](
+        e.launch(
+            gate_up,
+            self._grid(tiles),
             self.x,
             e.w13,
             e.scale13,
@@ -182,7 +227,9 @@ class _Call:
     def down(self, hidden: Tensor, schedule: _Schedule) -> Tensor:
         e, c, t = self.experts, self.config, self.config.down
         out = torch.empty(self.pairs, e.hidden_size, dtype=self.x.dtype, device=self.x.device)
-        down[self._grid(schedule.most * -(-e.hidden_size // t.block_n))](
+        e.launch(
+            down,
+            self._grid(schedule.most * -(-e.hidden_size // t.block_n)),
             hidden,
             e.w2,
             e.scale2,
@@ -208,7 +255,9 @@ class _Call:
 
     def down_by_token(self, hidden: Tensor, out: Tensor) -> Tensor:
         e, c, t = self.experts, self.config, self.config.down
-        down_by_token[(-(-e.hidden_size // t.block_n), len(self.x))](
+        e.launch(
+            down_by_token,
+            (-(-e.hidden_size // t.block_n), len(self.x)),
             hidden,
             e.w2,
             e.scale2,
@@ -257,36 +306,6 @@ class _Schedule:
         self.n = torch.empty(1, dtype=torch.int32, device=ids.device)
 
 
-def _schedule(ids: Tensor, router: Tensor, n_slots: int, block_m: int) -> _Schedule:
-    import triton
-
-    made, pairs = _Schedule(ids, n_slots, block_m), ids.numel()
-    experts = triton.next_power_of_2(n_slots + 1)
-    room = torch.empty(2 * experts, dtype=torch.int32, device=ids.device)
-    if pairs <= SMALL:
-        size = max(triton.next_power_of_2(pairs), 16)
-        schedule_small[(1,)](
-            ids,
-            router,
-            made.order,
-            made.blocks,
-            made.n,
-            room,
-            pairs,
-            n_slots,
-            PAIRS=size,
-            EXPERTS=experts,
-            CHUNK=min(size, 64),
-            BLOCK_M=block_m,
-            num_warps=8,
-        )
-        return made
-    chunk = min(triton.next_power_of_2(pairs), 4096)
-    sort_pairs[(n_slots,)](ids, router, made.order, room, pairs, n_slots, CHUNK=chunk)
-    cut_blocks[(1,)](room, made.blocks, made.n, n_slots, EXPERTS=experts, BLOCK_M=block_m)
-    return made
-
-
 def _words(weight: Tensor, kind: str) -> Tensor:
     """Packed numbers as int32; their rows are whole words, as the kernels' formats have groups of 32."""
     return weight.view(torch.int32) if kind in ("int4_g32", "mxfp4") else weight
@@ -297,6 +316,10 @@ def _scale(scale: Tensor | None, weight: Tensor) -> Tensor:
     if scale is None:
         return weight
     return scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 def _is_nvidia(device: torch.device) -> bool:

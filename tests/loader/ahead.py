@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 from gatekeeper import load_rules
 from loader.formats import layout_of
-from loader.kernels import triton_layer
 from loader.kernels.configs import Config, Shape
 from loader.kernels.eager import eager
+from loader.kernels.triton_layer import TritonExperts
 from loader.moe import Experts
 
 TARGETS = {
@@ -75,20 +71,6 @@ def _kind(value: Any) -> Any:
     return value.dtype if isinstance(value, torch.Tensor) else (value == 1, value % 16 == 0)
 
 
-@contextmanager
-def recorded(arch: str) -> Iterator[list[Launch]]:
-    """What is launched within, which is not run; `arch` says whether assembly is for it."""
-    launches: list[Launch] = []
-
-    def run(self: Any, *arguments: Any, grid: Any, warmup: bool = False, **keywords: Any) -> None:
-        launches.append(Launch(self, arguments, keywords))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", run)
-        patch.setattr(triton_layer, "_is_nvidia", lambda device: TARGETS[arch].backend == "cuda")
-        yield launches
-
-
 def launches_of(shape: Shape, tokens: int, config: Config, arch: str, dtype: torch.dtype) -> list[Launch]:
     """The launches of one call, on tensors without memory."""
     with torch.device("meta"):
@@ -102,6 +84,11 @@ def launches_of(shape: Shape, tokens: int, config: Config, arch: str, dtype: tor
         x = torch.empty(tokens, shape.hidden_size, dtype=dtype)
         weights = torch.empty(tokens, shape.top_k)
         ids = torch.empty(tokens, shape.top_k, dtype=torch.int32)
-    with recorded(arch) as launches:
-        triton_layer.TritonExperts(experts)(x, weights, ids, config=config)
+    launches: list[Launch] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **keywords: Any) -> None:
+        launches.append(Launch(kernel, arguments, keywords))
+
+    on_nvidia = TARGETS[arch].backend == "cuda"
+    TritonExperts(experts, launch=record, assembly=on_nvidia)(x, weights, ids, config=config)
     return launches

@@ -243,7 +243,9 @@ def test_a_schedule_has_every_pair_once_in_blocks_of_one_expert(
     k = min(top_k, slots)
     call = {"seed": seed, "tokens": tokens, "slots": slots, "top_k": k, "hidden": 1, "routing": routing}
     _, weights, ids = routed({**call, "dropped": dropped})
-    schedule = layer._schedule(ids, weights, slots, block_m)
+    experts = layer.TritonExperts(stack("bf16", slots=slots, hidden=16, width=16))
+    config = replace(small_tiles("bf16"), block_m=block_m)
+    schedule = layer._Call(experts, torch.zeros(tokens, 16), ids, weights, config).schedule()
     n = int(schedule.n)
     assert n <= schedule.most
     computed = (weights != 0).flatten()

@@ -1,0 +1,150 @@
+"""Tables of measured configurations: what is written is what is read, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from loader.errors import TableError
+from loader.kernels import tuned
+from loader.kernels.configs import Config, Shape, Tiles, default
+from loader.kernels.tuned import Measured, Table, file_name, find_table, read_table
+
+SHAPE = Shape(format="int4_g32", n_slots=385, hidden_size=7168, width=256, top_k=9)
+TILES = Tiles(block_n=32, block_c=256, warps=4, stages=3, group=2)
+
+
+def table(*tokens: int, by_token: bool = False) -> Table:
+    made = Table(device="NVIDIA H200", versions={"triton": "3.6.0"}, fused_up_to={SHAPE: 64})
+    for count in tokens:
+        config = Config(block_m=16, gate_up=TILES, down=TILES, splits=count, by_token=by_token and count <= 4)
+        made.configs.setdefault(SHAPE, {})[count] = Measured(tokens=count, microseconds=1.5 * count, config=config)
+    return made
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "new" / file_name("NVIDIA H200")
+    written = table(1, 16, 256)
+    written.save(path)
+    assert path.name == "nvidia_h200.json"
+    assert list(path.parent.iterdir()) == [path]
+    read = read_table(path, "NVIDIA H200")
+    assert (read.device, read.versions, read.configs, read.fused_up_to) == (
+        written.device,
+        written.versions,
+        written.configs,
+        written.fused_up_to,
+    )
+    assert find_table("NVIDIA H200", path.parent) is not None
+    assert find_table("NVIDIA H100 80GB HBM3", path.parent) is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "measured"), [(1, 1), (3, 1), (5, 16), (16, 16), (63, 16), (65, 256), (100_000, 256)]
+)
+def test_the_nearest_number_of_tokens_by_ratio_counts(tokens: int, measured: int) -> None:
+    config = table(1, 16, 256).config(SHAPE, tokens)
+    assert config is not None
+    assert config.splits == measured
+
+
+def test_what_was_not_measured_has_no_configuration() -> None:
+    other = Shape(format="mxfp4", n_slots=385, hidden_size=7168, width=256, top_k=9)
+    assert table(1).config(other, 1) is None
+    assert table().config(SHAPE, 1) is None
+    assert table(1).config(SHAPE, 0) is None
+
+
+def test_token_by_token_is_not_stretched_to_more_tokens_than_were_timed() -> None:
+    with_larger = table(1, 4, 16, by_token=True).config(SHAPE, 5)
+    assert with_larger is not None
+    assert not with_larger.by_token
+    assert table(1, 4, by_token=True).config(SHAPE, 5) is None
+
+
+def test_a_table_that_can_not_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.json"
+    table(1).save(path)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "no space left")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        table(1, 2).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def changed(change: dict[str, Any]) -> dict[str, Any]:
+    raw: dict[str, Any] = table(1).as_json()
+    for place, value in change.items():
+        at: Any = raw
+        *steps, last = [int(s) if s.isdigit() else s for s in place.split(".")]
+        for step in steps:
+            at = at[step]
+        if value is None:
+            del at[last]
+        else:
+            at[last] = value
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"version": 2}, "has version 2, this loader reads version 1"),
+        ({"version": None}, "has version None"),
+        ({"device": "NVIDIA H100"}, "was measured on NVIDIA H100, this is NVIDIA H200"),
+        ({"device": 7}, r"\$.device: 7 is not of type 'string'"),
+        ({"shapes": {}}, r"\$.shapes: {} is not of type 'array'"),
+        ({"shapes.0.width": None}, r"\$.shapes\[0\]: 'width' is a required property"),
+        ({"shapes.0.configs.0.config.block_m": 17}, r"block_m: 17 is not one of"),
+        ({"shapes.0.configs.0.config.down.stages": 0}, r"down.stages: 0 is less than the minimum of 1"),
+        ({"shapes.0.configs.0.config.down.turbo": True}, "'turbo' was unexpected"),
+        ({"shapes.0.configs.0.microseconds": -1}, "less than or equal to the minimum of 0"),
+    ],
+)
+def test_a_table_of_another_kind_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(changed(change)))
+    with pytest.raises(TableError, match=says) as error:
+        read_table(path, "NVIDIA H200")
+    assert str(path) in str(error.value)
+    assert "moe-loader tune" in str(error.value)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, -2])
+def test_a_torn_table_is_refused(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "t.json"
+    table(1, 4).save(path)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(TableError, match="is torn"):
+        read_table(path)
+
+
+def test_a_table_that_is_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(TableError, match="can't be read"):
+        read_table(tmp_path)
+
+
+def test_the_schema_is_one_and_the_shipped_tables_fit_it() -> None:
+    Draft202012Validator.check_schema(json.loads(tuned.SCHEMA.read_text(encoding="utf-8")))
+    for path in tuned.SHIPPED.glob("*.json"):
+        assert file_name(read_table(path).device) == path.name
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5, 64, 1024, 8192])
+@pytest.mark.parametrize("format_name", ["bf16", "fp8_block", "int4_g32", "mxfp4"])
+def test_the_counted_configuration_fits_any_shape(format_name: str, tokens: int) -> None:
+    for width, hidden, slots, top_k in ((256, 7168, 385, 9), (2048, 7168, 257, 9), (32, 64, 2, 1), (96, 2880, 32, 4)):
+        shape = Shape(format=format_name, n_slots=slots, hidden_size=hidden, width=width, top_k=top_k)
+        config = default(shape, tokens, 132)
+        made = table()
+        made.configs[shape] = {tokens: Measured(tokens=tokens, microseconds=1.0, config=config)}
+        Draft202012Validator(json.loads(tuned.SCHEMA.read_text(encoding="utf-8"))).validate(made.as_json())
