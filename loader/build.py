@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,7 +18,8 @@ from loader.checkpoint import Checkpoint
 from loader.errors import BuildError
 from loader.filling import Filling
 from loader.formats import Layout
-from loader.kernels import KERNELS
+from loader.kernels import KERNELS, ON_TRITON
+from loader.kernels.tuned import Table, find_table
 from loader.local_router import LocalRouter
 from loader.moe import (
     Experts,
@@ -69,18 +71,21 @@ def build(
     device: torch.device | str = "cpu",
     *,
     threads: int | None = None,
+    tables: Path | None = None,
     moved: Callable[[int], None] = lambda _: None,
     check: Check | None = None,
 ) -> tuple[MoELayer, ...]:
     """Build the layers of `plan` on `device`, from the tensors of `index`.
 
     `threads` (None: one a core, at most 16) read straight into the layers' memory, so that the peak is the layers and
-    a few MiB a thread; `moved` is told the bytes that have arrived, from those threads; `check` looks at each layer
-    while the next one is read. Raises `BuildError` (everything that does not add up), `CheckpointError` (a file that
-    can't be read) or what `check` raises; after any of them, no memory is left allocated.
+    a few MiB a thread; `tables` is the folder of measured configurations (None: the shipped ones); `moved` is told the
+    bytes that have arrived, from those threads; `check` looks at each layer while the next one is read. Raises
+    `BuildError` (everything that does not add up), `CheckpointError` (a file that can't be read), `TableError` or what
+    `check` raises; after any of them, no memory is left allocated.
     """
     where = _device(device)
-    skeletons = [assemble(layer, plan.router, plan.experts) for layer in plan.layers]
+    table = find_table(torch.cuda.get_device_name(where), tables) if where.type == "cuda" else None
+    skeletons = [assemble(layer, plan.router, plan.experts, table) for layer in plan.layers]
     started = time.perf_counter()
     try:
         with (
@@ -169,8 +174,11 @@ def _device(device: torch.device | str) -> torch.device:
     return where
 
 
-def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Skeleton:
-    """The modules that `plan` asks for, without memory; raises `BuildError` if they differ from its parameters."""
+def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig, table: Table | None = None) -> _Skeleton:
+    """The modules that `plan` asks for, without memory; raises `BuildError` if they differ from its parameters.
+
+    `table` has what was measured on the device, for a backend that uses it.
+    """
     try:
         kernel = KERNELS[plan.backend]
     except KeyError:
@@ -189,7 +197,7 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Sk
     if gate is not None:
         homes["shared_gate.weight"] = (gate, "weight")
 
-    def stack(prefix: str, layout: Layout, n_experts: int, width: int) -> Experts:
+    def stack(prefix: str, layout: Layout, n_experts: int, width: int, n_shared: int = 0) -> Experts:
         bias = specs.get(f"{prefix}.w13_bias")
         made = Experts(
             layout,
@@ -199,15 +207,19 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Sk
             kernel=kernel,
             config=config,
             bias_dtype=None if bias is None else bias.dtype,
+            n_shared=n_shared,
+            dense_shared_from=plan.dense_shared_from,
+            table=table if plan.backend == "triton" else None,
         )
         homes.update({f"{prefix}.{name}": (made, name) for name, _ in made.named_parameters()})
         return made
 
-    experts = stack("experts", plan.layout, plan.n_slots, plan.width)
+    n_shared = plan.n_shared if plan.shared == "slot" else 0
+    experts = stack("experts", plan.layout, plan.n_slots, plan.width, n_shared)
     shared = None
     if plan.shared == "separate" and plan.shared_layout is not None:
         shared = SharedExpert(stack("shared", plan.shared_layout, 1, plan.shared_width), gate)
-    chooser: nn.Module = SharedSlotRouter(routing, plan.n_shared, gate) if plan.shared == "slot" else routing
+    chooser = _chooser(plan.backend, routing, n_shared, gate)
     if plan.held is not None:
         chooser = LocalRouter(chooser, plan.held, plan.n_routed, plan.shared_weight)
     layer = MoELayer(index=plan.index, name=plan.name, router=chooser, experts=experts, shared=shared)
@@ -216,6 +228,14 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Sk
     if declared != {param.name: (param.shape, param.dtype) for param in plan.params}:
         raise BuildError(f"layer {plan.index}: the plan's parameters are not those of its modules: {sorted(declared)}")
     return skeleton
+
+
+def _chooser(backend: str, routing: Router, n_shared: int, gate: SharedGate | None) -> nn.Module:
+    if backend in ON_TRITON:
+        from loader.kernels.triton_router import TritonRouter  # Triton is installed where there is a GPU
+
+        return TritonRouter(routing, n_shared, gate if n_shared else None)
+    return SharedSlotRouter(routing, n_shared, gate) if n_shared else routing
 
 
 def _allocate(skeleton: _Skeleton, device: torch.device) -> None:

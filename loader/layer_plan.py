@@ -43,6 +43,7 @@ def plan_layer(
     fused_slots: int,
     router_bias: str | None,
     backend: str,
+    dense_shared_from: int = 0,
     formats: Mapping[str, Format],
 ) -> tuple[LayerPlan | None, list[PlanFault]]:
     """The plan of `layer` with `fused_slots` shared experts in slots (0: on their own), and all that is wrong with it.
@@ -50,7 +51,8 @@ def plan_layer(
     `router_bias` is the router's parameter that its bias fills, None without one. The plan is None where not even the
     format of the routed experts can be told.
     """
-    return _LayerPlanner(index, family, layer, widths, fused_slots, router_bias, backend, formats).plan()
+    planner = _LayerPlanner(index, family, layer, widths, fused_slots, router_bias, formats)
+    return planner.plan(backend, dense_shared_from)
 
 
 class _LayerPlanner:
@@ -62,11 +64,10 @@ class _LayerPlanner:
         widths: Widths,
         fused_slots: int,
         router_bias: str | None,
-        backend: str,
         formats: Mapping[str, Format],
     ) -> None:
         self.index, self.family, self.layer, self.w = index, family, layer, widths
-        self.fused_slots, self.router_bias, self.backend = fused_slots, router_bias, backend
+        self.fused_slots, self.router_bias = fused_slots, router_bias
         self.formats = formats
         # A shared expert without the gate that its family has would weigh 1 for every token, in silence.
         self.has_shared_gate = bool(family.names.shared_gate) and bool(widths.n_shared or fused_slots)
@@ -80,7 +81,7 @@ class _LayerPlanner:
         self.experts = [layer.expert(number) for number in range(count)]
         self.filled: dict[tuple[str, int | None, Span], str] = {}
 
-    def plan(self) -> tuple[LayerPlan | None, list[PlanFault]]:
+    def plan(self, backend: str, dense_shared_from: int) -> tuple[LayerPlan | None, list[PlanFault]]:
         routed = match_layout(self.formats, (p for expert in self.experts for p in expert.values()))
         if routed is None:
             return None, [self._no_format("routed", self._first_routed())]
@@ -97,7 +98,8 @@ class _LayerPlanner:
             index=self.layer.index,
             name=self.layer.name,
             role=self.layer.role,
-            backend=self.backend,
+            backend=backend,
+            dense_shared_from=dense_shared_from,
             layout=routed,
             shared="slot" if self.fused_slots else "separate" if shared else "none",
             shared_layout=shared,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from loader.activation import ExpertConfig
 from loader.formats import Layout, dequantize_stacked
 from loader.kernels import Kernel
-from loader.kernels.eager import expert_mlp
+from loader.kernels.tuned import Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,9 +147,14 @@ class Experts(nn.Module):
         kernel: Kernel,
         config: ExpertConfig | None = None,
         bias_dtype: torch.dtype | None = None,
+        n_shared: int = 0,
+        dense_shared_from: int = 0,
+        table: Table | None = None,
     ) -> None:
+        """The last `n_shared` of `n_experts` are shared experts' slots: see `ExpertWeights`."""
         super().__init__()
         self.layout, self.kernel = layout, kernel
+        self.n_shared, self.dense_shared_from, self.table = n_shared, dense_shared_from, table
         self.config = config or ExpertConfig()
         for name, size in (("w13_bias", 2 * width), ("w2_bias", hidden_size)):
             bias = None if bias_dtype is None else empty_parameter((n_experts, size), bias_dtype)
@@ -181,7 +186,7 @@ class Experts(nn.Module):
         return b13, b2
 
     def forward(self, x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor) -> Tensor:
-        """Weighted sum over the chosen experts, ``(T, D)`` in float32."""
+        """Weighted sum over the chosen experts, ``(T, D)`` in float32 or the dtype of x."""
         return self.kernel(x_TD, topk_weights_TK, topk_ids_TK, self)
 
 
@@ -193,11 +198,10 @@ class SharedExpert(nn.Module):
         self.experts, self.gate = experts, gate
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """``(T, D)`` in float32."""
-        first = torch.zeros(1, dtype=torch.int64, device=x_TD.device)
-        w13_12FD, w2_1DF = self.experts.dequantize(first, x_TD.dtype)
-        y_TD = expert_mlp(x_TD, w13_12FD[0], w2_1DF[0], self.experts.config.gated).float()
-        return y_TD if self.gate is None else y_TD * self.gate(x_TD)
+        """``(T, D)`` in float32 or the dtype of x."""
+        weights_T1 = x_TD.new_ones(len(x_TD), 1, dtype=torch.float32) if self.gate is None else self.gate(x_TD)
+        y_TD: Tensor = self.experts(x_TD, weights_T1, torch.zeros_like(weights_T1, dtype=torch.int64))
+        return y_TD
 
 
 class MoELayer(nn.Module):

@@ -42,6 +42,18 @@ def backend(decisions: Mapping[str, Decision], layer: int) -> str:
     return option if state == "on" and option is not None else "eager"
 
 
+def dense_shared_from(decisions: Mapping[str, Decision], layer: int) -> int:
+    """Tokens of a call from which shared slots of MoE layer `layer` are computed on their own; 0: never."""
+    if BACKEND not in decisions:
+        return 0
+    decision = decisions[BACKEND].in_force
+    outputs = decision.outputs
+    for one in decision.layers or ():
+        if one.index == layer:
+            outputs = one.outputs
+    return int((outputs or {}).get("dense_shared_from") or 0)
+
+
 def require_fresh(decisions: Mapping[str, Decision], facts: Facts) -> None:
     """Raise `StaleDecisionError` where a decision rests on checkpoint facts that are not those of `facts`."""
     differences = list(dict.fromkeys(_differences(decisions, facts)))

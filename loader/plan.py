@@ -127,6 +127,8 @@ class LayerPlan:
     """``mtp`` for a draft layer."""
     backend: str
     """Kernel of the experts: ``eager``."""
+    dense_shared_from: int
+    """Tokens of a call from which shared experts in slots are computed on their own: 513; 0: never."""
     layout: Layout
     """How the checkpoint stores the experts in the stack."""
     shared: Literal["slot", "separate", "none"]
@@ -262,6 +264,8 @@ def _describe(layer: LayerPlan) -> str:
         "separate": f"shared expert on its own in {layer.shared_format}",
         "none": "no shared expert",
     }[layer.shared]
+    if layer.shared == "slot" and layer.dense_shared_from:
+        where += f" (on its own from {layer.dense_shared_from} tokens)"
     return f"{layer.n_routed} routed experts in {layer.format}, {where}, backend {layer.backend}, {human(layer.nbytes)}"
 
 
@@ -271,6 +275,7 @@ def _layer_json(layer: LayerPlan, tensors: bool) -> dict[str, Any]:
         "name",
         "role",
         "backend",
+        "dense_shared_from",
         "format",
         "shared",
         "shared_format",

@@ -61,6 +61,7 @@ def build_plan(
             fused_slots=obey.fused_slots(decisions, layer.index),
             router_bias=router.bias_parameter if family.names.router_bias else None,
             backend=obey.backend(decisions, layer.index),
+            dense_shared_from=obey.dense_shared_from(decisions, layer.index),
             formats=formats,
         )
         faults += found

@@ -27,6 +27,7 @@ NAMES = (
     "platform.capability",
     "platform.device_count",
     "platform.memory_bytes",
+    "platform.device_name",
 )
 
 
@@ -69,6 +70,7 @@ def _of_devices(vendor: str, devices: list[Any]) -> dict[str, Reading]:
         "platform.vendor": Reading(vendor, witness),
         "platform.device_count": Reading(len(devices), witness),
         "platform.memory_bytes": _memory(devices, witness),
+        "platform.device_name": _name(devices, witness),
     }
     kinds = {_kind(vendor, device) for device in devices}
     if len(kinds) > 1 or None in kinds:
@@ -86,6 +88,12 @@ def _memory(devices: list[Any], witness: str) -> Reading:
     sizes = [getattr(device, "total_memory", None) for device in devices]
     known = [size for size in sizes if isinstance(size, int)]
     return Reading(min(known), witness) if len(known) == len(sizes) else Reading(UNKNOWN, witness, "torch does not say")
+
+
+def _name(devices: list[Any], witness: str) -> Reading:
+    names = {getattr(device, "name", None) for device in devices}
+    name = names.pop() if len(names) == 1 else None
+    return Reading(name, witness) if isinstance(name, str) else Reading(UNKNOWN, witness, "the devices differ")
 
 
 def _kind(vendor: str, device: Any) -> tuple[str, str] | None:
@@ -119,6 +127,7 @@ def _cpu(witness: str) -> dict[str, Reading]:
         "platform.arch": Reading(ABSENT, witness, "a cpu"),
         "platform.capability": Reading(ABSENT, witness, "a cpu"),
         "platform.memory_bytes": Reading(ABSENT, witness, "a cpu"),
+        "platform.device_name": Reading(ABSENT, witness, "a cpu"),
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loader.activation import ExpertConfig
 from loader.formats import Layout
+from loader.kernels.tuned import Table
 
 
 class ExpertWeights(Protocol):
@@ -22,6 +23,13 @@ class ExpertWeights(Protocol):
     """What is computed between the projections, and where a token's weight comes in."""
     layout: Layout
     """How the weights are stored."""
+
+    n_shared: int
+    """Slots at the end that all tokens go to, by the last columns of their ids: shared experts."""
+    dense_shared_from: int
+    """Tokens of a call from which those are better computed on their own; 0: never."""
+    table: Table | None
+    """Configurations measured on this device, for the kernels that have some."""
 
     @property
     def w13_bias(self) -> Tensor | None:
@@ -45,4 +53,4 @@ class Kernel(Protocol):
     """Computes all slots of all tokens."""
 
     def __call__(self, x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor, weights: ExpertWeights) -> Tensor:
-        """Sum over K of weight times expert, ``(T, D)`` in float32, which is also the dtype of the sum."""
+        """Sum over K of weight times expert, ``(T, D)``: summed in float32, returned in float32 or the dtype of x."""

@@ -97,7 +97,7 @@ class TritonExperts:
         y_TD = torch.empty_like(x_TD)
         if not tokens or not k:
             return y_TD.zero_() if base_TD is None else y_TD.copy_(base_TD)
-        config = config or default(self.shape(k), tokens, _multiprocessors(x_TD.device))
+        config = config or default(self.shape(k), tokens, multiprocessors(x_TD.device))
         call = _Call(self, x_TD, ids, router, config)
         if config.by_token:
             hidden = call.gate_up(None)
@@ -291,7 +291,7 @@ class _Call:
         }
 
     def _grid(self, tiles: int) -> tuple[int]:
-        programs = self.config.programs * _multiprocessors(self.x.device)
+        programs = self.config.programs * multiprocessors(self.x.device)
         return (min(tiles, programs) if programs else tiles,)
 
 
@@ -332,5 +332,6 @@ def _triton_dtype(dtype: torch.dtype) -> Any:
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
 
 
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many programs can run side by side, at least; 1 where there is no such device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
