@@ -92,10 +92,9 @@ class Problem:
 
 def random_experts(model: Model, device: torch.device | str, seed: int) -> Experts:
     """Stacked weights in `model.format`, as the loader would have them, with numbers of a trained layer's size."""
-    known = {one.name: one for one in load_rules().formats}
     with torch.device("meta"):
         experts = Experts(
-            layout_of(known[model.format]),
+            layout_of(load_rules().formats[model.format]),
             n_experts=model.n_routed + model.n_shared,
             hidden_size=model.hidden_size,
             width=model.width,
