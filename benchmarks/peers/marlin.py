@@ -98,7 +98,7 @@ class Marlin:
         if self._type_id is None:
             for member in (LIBRARY, ACTIVATION):
                 try:
-                    torch.ops.load_library(self.files.path(member))
+                    self.files.load(member)
                 except (OSError, RuntimeError) as error:
                     raise Unavailable(f"`{member}` does not load into torch {torch.__version__}: {error}") from None
             types = module_at("fetched_vllm_scalar_type", self.files.path("vllm/scalar_type.py"))

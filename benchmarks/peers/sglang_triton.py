@@ -59,7 +59,7 @@ class SGLangTriton:
         if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
             raise Unavailable("the fetched library is for NVIDIA's Hopper (compute capability 9.0)")
         try:
-            torch.ops.load_library(self.files.path(LIBRARY))
+            self.files.load(LIBRARY)
         except (OSError, RuntimeError) as error:
             raise Unavailable(f"`{LIBRARY}` does not load into torch {torch.__version__}: {error}") from None
         utils = modules(self.files)

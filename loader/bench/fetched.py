@@ -13,9 +13,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 MANIFEST = "manifest.json"
 """Names every file of the folder with its wheel and sha256; it is there only where the folder is complete."""
 FETCH = "python benchmarks/peers/fetch.py"
+_LOADED: set[str] = set()
+"""sha256 of the libraries that are loaded; from a second path, one would register its operators again: an error."""
 
 
 class FetchedError(ValueError):
@@ -37,6 +41,7 @@ class Fetched:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FetchedError(f"`{folder / MANIFEST}` is not what `{FETCH}` writes: {error}") from None
         self._unpacked: tempfile.TemporaryDirectory[str] | None = None
+        self._paths: dict[str, Path] = {}
 
     def require(self, prefix: str) -> None:
         """Check the bytes of all files whose name begins with `prefix`, those that are kept packed excepted."""
@@ -64,15 +69,25 @@ class Fetched:
 
     def path(self, member: str) -> Path:
         """A file with these bytes: the fetched one, or one in a temporary folder that goes with the process."""
+        if member in self._paths:
+            return self._paths[member]
         data = self.read(member)
-        if self._files[member]["stored"] == member:
-            return self.folder / member
-        if self._unpacked is None:
-            self._unpacked = tempfile.TemporaryDirectory(prefix="peers-", ignore_cleanup_errors=True)
-        unpacked = Path(self._unpacked.name) / member.replace("/", "-")
-        if not unpacked.exists():
-            unpacked.write_bytes(data)
-        return unpacked
+        path = self.folder / member
+        if self._files[member]["stored"] != member:
+            if self._unpacked is None:
+                self._unpacked = tempfile.TemporaryDirectory(prefix="peers-", ignore_cleanup_errors=True)
+            path = Path(self._unpacked.name) / member.replace("/", "-")
+            path.write_bytes(data)
+        self._paths[member] = path
+        return path
+
+    def load(self, library: str) -> None:
+        """Register a library's operators, once in a process; raises what torch raises where it does not load."""
+        path = self.path(library)
+        digest = self._files[library]["sha256"]
+        if digest not in _LOADED:
+            torch.ops.load_library(path)
+            _LOADED.add(digest)
 
 
 def module_at(name: str, path: Path) -> ModuleType:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loader.bench import fetched as reader
 from loader.bench import peers
 from loader.bench.fetched import MANIFEST, Fetched, FetchedError
 from loader.bench.peers import NAMES, Unavailable, peers_of
@@ -139,6 +140,17 @@ def test_fetched_files_are_unpacked_where_they_are_packed(tmp_path: Path) -> Non
     assert unpacked.read_bytes() == b"library" and tmp_path not in unpacked.parents
     assert files.path("a_so") == unpacked
     files.require("a")
+
+
+def test_a_library_is_loaded_once_however_often_it_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Path] = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(reader, "_LOADED", set())
+    for folder in ("one", "two"):
+        files = fetched(tmp_path / folder, a_so=b"library")
+        files.load("a_so")
+        files.load("a_so")
+    assert len(loaded) == 1
 
 
 def test_fetched_files_that_changed_or_are_missing(tmp_path: Path) -> None:
