@@ -215,6 +215,23 @@ def test_every_byte_is_counted(made: Callable[..., Path]) -> None:
     assert event["bytes"] == plan.nbytes and event["layers"] == 2 and event["gb_per_second"] > 0
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_interpreter_is_left_as_it_was(made: Callable[..., Path], fails: bool) -> None:
+    plan, index = planned(made(**SMALL))
+    before = sys.getswitchinterval()
+    during: list[tuple[bool, float]] = []
+    try:
+        build(
+            spoiled(plan) if fails else plan,
+            index,
+            moved=lambda _: during.append((gc.isenabled(), sys.getswitchinterval())),
+        )
+    except BuildError:
+        assert fails
+    assert gc.isenabled() and sys.getswitchinterval() == before
+    assert not any(collects for collects, _ in during) and all(interval < before for _, interval in during)
+
+
 def test_devices_and_backends_that_are_not_here(made: Callable[..., Path]) -> None:
     plan, index = planned(made(**SMALL))
     with pytest.raises(BuildError, match="device `nonsense` can't be used here"):
