@@ -222,3 +222,16 @@ def test_pinned_pieces_to_a_gpu(checkpoint: Checkpoint, monkeypatch: pytest.Monk
         source = view("matrix", CUTS["columns"])
         transfers.start([Transfer(checkpoint.info("matrix"), source, each) for each in into], lambda _: None)()
         assert all(torch.equal(each.cpu(), MATRIX[:, 8:11]) for each in into)
+
+
+@pytest.mark.gpu
+def test_neighbours_of_which_some_stay_on_the_cpu(neighbours: Checkpoint) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    wanted = [
+        Transfer(each.info, each.source, each.into if i % 3 == 0 else each.into.cuda())
+        for i, each in enumerate(whole(neighbours, *(f"t{i:02d}" for i in range(60))))
+    ]
+    with neighbours, Transfers(neighbours, torch.device("cuda"), threads=3) as transfers:
+        transfers.start(wanted, lambda _: None)()
+        assert all(torch.equal(each.into.cpu().float(), neighbours.fetch(each.info.name).float()) for each in wanted)
