@@ -96,6 +96,28 @@ def test_the_first_error_is_raised_and_nothing_is_written_after_that(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
 
 
+def test_after_an_error_no_thread_takes_another_piece(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, over = [], threading.Event()
+
+    def failing(self: Checkpoint, *what: object) -> None:
+        reads.append(what)
+        if len(reads) == 1:
+            raise CheckpointError("torn")
+        over.wait()
+
+    monkeypatch.setattr(Checkpoint, "read_into", failing)
+    exit_, waits = Transfers.__exit__, [Transfer(checkpoint.info("matrix"), view("matrix"), MATRIX) for _ in range(9)]
+
+    def released(self: Transfers, *error: object) -> None:
+        threading.Timer(0.1, over.set).start()
+        exit_(self, *error)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Transfers, "__exit__", released)
+    with pytest.raises(CheckpointError, match="torn"), Transfers(checkpoint, CPU, threads=2) as transfers:
+        transfers.start(waits, lambda _: None)()
+    assert len(reads) <= 2, "the one that failed, and one that was under way"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the figure is read from /proc")
 def test_several_threads_share_one_opened_shard(checkpoint: Checkpoint) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
