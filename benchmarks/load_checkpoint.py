@@ -17,6 +17,7 @@ from gatekeeper import load_rules
 from loader.formats.layouts import layout_of
 from loader.make_checkpoint import Recipe, make_checkpoint
 from loader.shards import write_shards
+from loader.transfer import default_threads
 
 FORMATS = load_rules().formats
 POOL_NUMBERS = 1 << 25
@@ -70,7 +71,7 @@ def checkpoint(cache: Path, shape: Shape) -> Path:
     large.mkdir()
     (large / "config.json").write_text(json.dumps(config, indent=2))
     n_shards = shape.layers * -(-(shape.experts + 1) // EXPERTS_A_SHARD)
-    write_shards(large, _shards(shape), n_shards)
+    write_shards(large, _shards(shape), n_shards, default_threads())  # views of one pool: they take no memory
     for path in large.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
@@ -40,8 +40,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 """safetensors' word for a dtype to torch's; https://github.com/huggingface/safetensors, ``tensor.rs``."""
 
-MOST_BYTES_A_READ = 1 << 30
-"""Linux reads at most 2**31 - 4096 bytes in one call."""
+MOST_MEMORIES_A_READ = 1024
+"""Linux's ``IOV_MAX``."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -51,7 +51,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU, without a copy; keep the tensor alive while it is in use."""
-    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    assert tensor.is_contiguous() and tensor.is_cpu
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
@@ -95,27 +95,29 @@ class Checkpoint:
         shape = info.shape if rows is None else (rows[1] - rows[0], *info.shape[1:])
         tensor = torch.empty(shape, dtype=dtype)
         row_bytes = info.nbytes // info.shape[0] if rows and info.shape[0] else 0
-        self.read_into(info, rows[0] * row_bytes if rows else 0, bytes_of(tensor))
+        self.read_into([info], info.start + (rows[0] * row_bytes if rows else 0), [bytes_of(tensor)])
         return tensor
 
-    def read_into(self, info: TensorInfo, first_byte: int, memory: memoryview) -> None:
-        """Fill `memory` with the bytes of a tensor from `first_byte` of its data on.
+    def read_into(self, infos: Sequence[TensorInfo], position: int, memories: Sequence[memoryview]) -> None:
+        """Fill `memories`, one after the other, with the bytes of a shard from `position` on, which are of `infos`.
 
         Raises `CheckpointError` if the file can't be read, is not the one that was indexed, or has become too short.
         """
-        position, end = info.start + first_byte, info.start + first_byte + len(memory)
-        assert end <= info.end
+        left = [memory for memory in memories if memory]
         try:
-            shard = self._shard(info.shard)
-            while memory:
-                count = os.preadv(shard, [memory[:MOST_BYTES_A_READ]], position)
+            shard = self._shard(infos[0].shard)
+            while left:
+                count = os.preadv(shard, left[:MOST_MEMORIES_A_READ], position)
                 if not count:
+                    info = _at(infos, position)
                     raise CheckpointError(
                         f"{info.shard}: `{info.name}` ends at byte {info.end}, the file now at {position}; it was cut "
                         "short while loading: download the shard again"
                     )
-                memory, position = memory[count:], position + count
+                position += count
+                left = _after(left, count)
         except OSError as error:
+            info = _at(infos, position)
             raise CheckpointError(
                 f"{info.shard}: `{info.name}` can't be read: {error.strerror}; download the shard again"
             ) from None
@@ -140,6 +142,20 @@ class Checkpoint:
                     f"{name}: `{info.name}` was {info.dtype} {list(info.shape)} and is now {_what(found, info.name)}; "
                     "the file was exchanged while loading"
                 )
+
+
+def _at(infos: Sequence[TensorInfo], position: int) -> TensorInfo:
+    """The tensor whose bytes are at `position`, or the last one."""
+    return next((info for info in infos if position < info.end), infos[-1])
+
+
+def _after(memories: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is still to be filled once the first `count` bytes are."""
+    for filled, memory in enumerate(memories):
+        if count < len(memory):
+            return [memory[count:], *memories[filled + 1 :]]
+        count -= len(memory)
+    return []
 
 
 def _header(raw: bytes) -> Mapping[str, Any]:

@@ -33,6 +33,8 @@ class Filling:
         self._plan, self._index, self._parameter = plan, index, parameter
         self._problems: list[str] = []
         self._fitting: list[Placement] = []
+        self._stacks: dict[str, Sequence[Tensor]] = {}
+        self._blocks: dict[object, Tensor] = {}
         self._found = torch.zeros((len(plan.notes), 2), dtype=torch.int64)
         keys = [*(placement.key for placement in plan.placements), *(note.key for note in plan.notes), *plan.unused]
         owed = {key: index.tensors[key].shape for key in keys if key in index.tensors}
@@ -41,7 +43,7 @@ class Filling:
         self._ledger = Ledger(slots, owed, whole=plan.held is None)
         transfers = [self._transfer(placement) for placement in plan.placements]
         two = torch.empty(2, dtype=torch.int64, device="meta")
-        transfers += [Transfer(self._info(note.key), two, self._found[i]) for i, note in enumerate(plan.notes)]
+        transfers += [Transfer(self._info(n.key), two, f) for n, f in zip(plan.notes, self._found, strict=True)]
         # Where something does not fit the load fails, so that there is nothing to be read for.
         self.transfers = [] if self._problems else [transfer for transfer in transfers if transfer]
 
@@ -65,22 +67,31 @@ class Filling:
     def _transfer(self, placement: Placement) -> Transfer | None:
         """None for what does not fit, which is a problem."""
         info = self._info(placement.key)
-        parameter = self._parameter(placement.param).detach()
-        slot = parameter if placement.expert is None else parameter[placement.expert]
+        slot = self._slot(placement.param, placement.expert)
         rows = slot[placement.rows[0] : placement.rows[1]]
         dtype = DTYPES.get(info.dtype)
-        ours = f"its place in {placement.param} {list(rows.shape)} {dtype_name(rows.dtype)}"
-        if dtype is None:
-            self._problems.append(f"`{placement.key}` is {list(info.shape)} {info.dtype}, {ours}")
-            return None
-        # On the meta device: what is cut out is known by shape, strides and offset before a byte is read.
-        block = placement.cut(torch.empty(info.shape, dtype=dtype, device="meta"), rows.dim())
+        block = None if dtype is None else self._block(placement, info.shape, dtype, rows.dim())
         # A copy would cast between any two dtypes and broadcast, both in silence; bytes would be taken for anything.
-        if block.shape != rows.shape or dtype != rows.dtype:
-            self._problems.append(f"`{placement.key}` is {list(block.shape)} {dtype_name(dtype)}, {ours}")
+        if block is None or block.shape != rows.shape or dtype != rows.dtype:
+            theirs = f"{list(info.shape)} {info.dtype}" if block is None else _words(block)
+            self._problems.append(f"`{placement.key}` is {theirs}, its place in {placement.param} {_words(rows)}")
             return None
         self._fitting.append(placement)
         return Transfer(info, block, rows)
+
+    def _slot(self, param: str, expert: int | None) -> Tensor:
+        if expert is None:
+            return self._parameter(param).detach()
+        if param not in self._stacks:
+            self._stacks[param] = self._parameter(param).detach().unbind()
+        return self._stacks[param][expert]
+
+    def _block(self, placement: Placement, shape: tuple[int, ...], dtype: torch.dtype, axes: int) -> Tensor:
+        """On the meta device: what is cut out is known by shape, strides and offset before a byte is read."""
+        alike = (placement.view, placement.source, shape, dtype, axes)
+        if alike not in self._blocks:
+            self._blocks[alike] = placement.cut(torch.empty(shape, dtype=dtype, device="meta"), axes)
+        return self._blocks[alike]
 
     def _info(self, key: str) -> TensorInfo:
         try:
@@ -92,3 +103,7 @@ class Filling:
 def _below(prefix: str, names: Sequence[str]) -> Sequence[str]:
     """Those of some sorted names that stand below a dotted prefix; `/` comes right after the dot."""
     return names[bisect_left(names, f"{prefix}.") : bisect_left(names, f"{prefix}/")]
+
+
+def _words(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {dtype_name(tensor.dtype)}"

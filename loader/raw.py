@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gatekeeper import CheckpointError, TensorInfo
 from loader.checkpoint import DTYPES, Checkpoint
-from loader.transfer import read_strided
+from loader.transfer import Transfer, read_piece
 
 
 def matrix(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
@@ -43,5 +43,5 @@ def read(checkpoint: Checkpoint, info: TensorInfo, wanted: Tensor | None = None)
     """`wanted`, which is some of `matrix` (None: all), in new memory on the CPU."""
     wanted = matrix(checkpoint, info) if wanted is None else wanted
     found = torch.empty(wanted.shape, dtype=wanted.dtype)
-    read_strided(checkpoint, checkpoint.info(info.name), wanted, found)
+    read_piece(checkpoint, [Transfer(checkpoint.info(info.name), wanted, found)], [found])
     return found

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
 
-from loader.checkpoint import DTYPES
+from loader.checkpoint import DTYPES, bytes_of
 
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
@@ -31,17 +31,25 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> int:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             whole = tensor.cpu().contiguous()
-            file.write(ctypes.string_at(whole.data_ptr(), whole.nbytes) if whole.nbytes else b"")
+            file.write(bytes_of(whole))
     return position
 
 
-def write_shards(folder: Path, shards: Iterable[Mapping[str, Tensor]], n_shards: int) -> None:
-    """Write ``model-00001-of-0000N.safetensors`` and so on, and ``model.safetensors.index.json``."""
+def write_shards(folder: Path, shards: Iterable[Mapping[str, Tensor]], n_shards: int, threads: int = 1) -> None:
+    """Write ``model-00001-of-0000N.safetensors`` and so on, and ``model.safetensors.index.json``.
+
+    With several `threads` the tensors of all shards are in memory at once.
+    """
+    names = [f"model-{number:05d}-of-{n_shards:05d}.safetensors" for number in range(1, n_shards + 1)]
+
+    def write(name: str, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, str]]:
+        return write_shard(folder / name, tensors), dict.fromkeys(tensors, name)
+
     weight_map: dict[str, str] = {}
     total_bytes = 0
-    for number, tensors in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{n_shards:05d}.safetensors"
-        total_bytes += write_shard(folder / name, tensors)
-        weight_map |= dict.fromkeys(tensors, name)
+    with ThreadPoolExecutor(threads) as pool:
+        for nbytes, written in (pool.map if threads > 1 else map)(write, names, shards):
+            total_bytes += nbytes
+            weight_map |= written
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import load_speed
 from benchmarks.load_checkpoint import Shape, checkpoint
-from benchmarks.load_contenders import RANK, contender, least, ours, prepared
+from benchmarks.load_contenders import RANK, contender, least, ours, plain_read, prepared
 from loader.checkpoint import bytes_of
 
 pytest.importorskip("safetensors")
@@ -77,6 +77,17 @@ def test_the_report_takes_ratios_within_rounds() -> None:
     assert rows["fused"]["speed"] == rows["fused"]["cpu"] == 1.0
     assert rows["fused"]["memory"] == 1.1 and rows["fused"]["mapped"] == 7
     assert rows["fused, verified"]["verify"] == 0.1
+
+
+def test_on_a_device_the_report_says_how_much_of_a_pinned_copy_was_reached() -> None:
+    limits = {"pinned copy": 100e9, "plain read": 80e9}
+    one = {"seconds": 2.0, "cpu_seconds": 1.0, "bytes": 120e9, "peak": {"anonymous": 0, "mapped": 0}, "limits": limits}
+    row = load_speed.report({"fused": [one]}, load_speed.CONTENDERS)["fused"]
+    assert row["of_pinned"] == 0.6 and row["limits"] == {"pinned copy": 100.0, "plain read": 80.0}
+
+
+def test_a_plain_read_reads_every_shard(folder: Path) -> None:
+    assert plain_read(folder, 2) > 0 < plain_read(folder, 2, mapped=True)
 
 
 def test_the_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

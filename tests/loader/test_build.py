@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ import torch
 from structlog.testing import capture_logs
 from torch import Tensor
 
-from gatekeeper import CheckpointError, Index, TensorInfo, read_facts, read_index
+from gatekeeper import CheckpointError, Index, read_facts, read_index
 from loader import BuildError, LayerPlan, MoELayer, Plan, build, build_plan
 from loader.checkpoint import Checkpoint
 from loader.formats import FORMATS
@@ -66,15 +66,16 @@ def test_no_tensor_is_read_into_memory_of_its_own(made: Callable[..., Path], mon
     plan, index = planned(made(**SMALL))
     read, filled = Checkpoint.read_into, []
 
-    def recording(self: Checkpoint, info: TensorInfo, first_byte: int, memory: memoryview) -> None:
-        address = ctypes.addressof(ctypes.c_ubyte.from_buffer(memory))
-        filled.append((address, address + len(memory)))
-        read(self, info, first_byte, memory)
+    def recording(self: Checkpoint, infos: object, position: int, memories: Sequence[memoryview]) -> None:
+        for memory in memories:
+            address = ctypes.addressof(ctypes.c_ubyte.from_buffer(memory))
+            filled.append((address, address + len(memory)))
+        read(self, infos, position, memories)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Checkpoint, "read_into", recording)
     layers = build(plan, index)
     homes = [(p.data_ptr(), p.data_ptr() + p.nbytes) for layer in layers for p in layer.parameters()]
-    assert len(filled) == len(list(plan.placements)), "one read a tensor"
+    assert len(filled) == len(list(plan.placements)), "each tensor goes to one place"
     assert all(any(low <= first and last <= high for low, high in homes) for first, last in filled)
     assert sum(last - first for first, last in filled) == plan.nbytes
 
@@ -212,6 +213,23 @@ def test_every_byte_is_counted(made: Callable[..., Path]) -> None:
     assert sum(moved) == plan.nbytes + notes and notes
     (event,) = [e for e in events if e["event"] == "load.finished"]
     assert event["bytes"] == plan.nbytes and event["layers"] == 2 and event["gb_per_second"] > 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_interpreter_is_left_as_it_was(made: Callable[..., Path], fails: bool) -> None:
+    plan, index = planned(made(**SMALL))
+    before = sys.getswitchinterval()
+    during: list[tuple[bool, float]] = []
+    try:
+        build(
+            spoiled(plan) if fails else plan,
+            index,
+            moved=lambda _: during.append((gc.isenabled(), sys.getswitchinterval())),
+        )
+    except BuildError:
+        assert fails
+    assert gc.isenabled() and sys.getswitchinterval() == before
+    assert not any(collects for collects, _ in during) and all(interval < before for _, interval in during)
 
 
 def test_devices_and_backends_that_are_not_here(made: Callable[..., Path]) -> None:

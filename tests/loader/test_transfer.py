@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -9,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+import loader.checkpoint
 import loader.transfer
 from gatekeeper import CheckpointError, read_index
-from loader.checkpoint import Checkpoint
+from loader.checkpoint import DTYPES, Checkpoint
 from loader.shards import write_shards
-from loader.transfer import Transfer, Transfers
+from loader.transfer import Transfer, Transfers, pieces
 
 CPU = torch.device("cpu")
 MATRIX = torch.arange(37 * 24, dtype=torch.int32).reshape(37, 24)
@@ -73,9 +77,9 @@ def test_the_first_error_is_raised_and_nothing_is_written_after_that(
 ) -> None:
     read, begun = Checkpoint.read_into, threading.Event()
 
-    def failing(self: Checkpoint, info: object, first_byte: int, memory: memoryview) -> None:
+    def failing(self: Checkpoint, *what: object) -> None:
         if begun.is_set():
-            read(self, info, first_byte, memory)  # type: ignore[arg-type]
+            read(self, *what)  # type: ignore[arg-type]
         begun.set()
         raise CheckpointError("torn")
 
@@ -92,6 +96,28 @@ def test_the_first_error_is_raised_and_nothing_is_written_after_that(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
 
 
+def test_after_an_error_no_thread_takes_another_piece(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, over = [], threading.Event()
+
+    def failing(self: Checkpoint, *what: object) -> None:
+        reads.append(what)
+        if len(reads) == 1:
+            raise CheckpointError("torn")
+        over.wait()
+
+    monkeypatch.setattr(Checkpoint, "read_into", failing)
+    exit_, waits = Transfers.__exit__, [Transfer(checkpoint.info("matrix"), view("matrix"), MATRIX) for _ in range(9)]
+
+    def released(self: Transfers, *error: object) -> None:
+        threading.Timer(0.1, over.set).start()
+        exit_(self, *error)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Transfers, "__exit__", released)
+    with pytest.raises(CheckpointError, match="torn"), Transfers(checkpoint, CPU, threads=2) as transfers:
+        transfers.start(waits, lambda _: None)()
+    assert len(reads) <= 2, "the one that failed, and one that was under way"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the figure is read from /proc")
 def test_several_threads_share_one_opened_shard(checkpoint: Checkpoint) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
@@ -101,6 +127,111 @@ def test_several_threads_share_one_opened_shard(checkpoint: Checkpoint) -> None:
         assert all(torch.equal(each.into, MATRIX) for each in wanted)
         assert len(list(Path("/proc/self/fd").iterdir())) == before + 1
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+# -- neighbours -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def neighbours(tmp_path: Path) -> Checkpoint:
+    """Tensors of 1 to 40 elements and of several item sizes, so that some lie where no item of theirs is aligned."""
+    dtypes = (torch.uint8, torch.int32, torch.bfloat16, torch.int64, torch.float8_e4m3fn)
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(1 + i % 5, 1 + i % 8) for i in range(60)]
+    numbers = [torch.randint(0, 100, shape, generator=draw) for shape in shapes]
+    tensors = {f"t{i:02d}": each.to(dtypes[i % 5]) for i, each in enumerate(numbers)}
+    write_shards(tmp_path, [dict(list(tensors.items())[first : first + 20]) for first in (0, 20, 40)], 3)
+    index = read_index(tmp_path)
+    assert index is not None
+    return Checkpoint(index)
+
+
+@st.composite
+def wishes(draw: st.DrawFn) -> list[tuple[str, Cut]]:
+    """Some of the tensors in any order, some of them twice, most of them whole: what is not named is a gap."""
+    cuts = st.sampled_from(
+        [*[CUTS["all"]] * 4, *(CUTS[n] for n in ("every other row", "transposed")), lambda t: t[:, 1:]]
+    )
+    return draw(st.lists(st.tuples(st.integers(0, 59).map("t{:02d}".format), cuts), max_size=80))
+
+
+@given(
+    wishes(),
+    st.sampled_from([1, 64, 200, 8 << 20]),
+    st.sampled_from([1, 50, 1 << 20]),
+    st.booleans(),
+    st.integers(1, 3),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_wanted_arrives_as_if_it_were_fetched(
+    neighbours: Checkpoint, wanted: list[tuple[str, Cut]], piece: int, scratch: int, staged: bool, threads: int
+) -> None:
+    transfers, expected = [], []
+    for name, cut in wanted:
+        info = neighbours.info(name)
+        source = cut(torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta"))
+        transfers.append(Transfer(info, source, torch.zeros(source.shape, dtype=source.dtype)))
+        expected.append(cut(neighbours.fetch(name)))
+    counted: list[int] = []
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Transfers(neighbours, CPU, threads=threads, staged=staged) as carried,
+    ):
+        patch.setattr(loader.transfer, "PIECE_BYTES", piece)
+        patch.setattr(loader.transfer, "SCRATCH_BYTES", scratch)
+        carried.start(transfers, counted.append)()
+    for transfer, there in zip(transfers, expected, strict=True):
+        assert torch.equal(transfer.into.view(torch.uint8), there.contiguous().view(torch.uint8))
+    assert sum(counted) == sum(there.nbytes for there in expected)
+
+
+def whole(checkpoint: Checkpoint, *names: str) -> list[Transfer]:
+    infos = [checkpoint.info(name) for name in names]
+    empties = [torch.empty(info.shape, dtype=DTYPES[info.dtype]) for info in infos]
+    return [Transfer(info, each.to("meta"), each) for info, each in zip(infos, empties, strict=True)]
+
+
+def test_what_lies_side_by_side_is_one_piece(neighbours: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def joined(*names: str) -> list[list[str]]:
+        return [[each.info.name for each in piece] for piece in pieces(whole(neighbours, *names))]
+
+    assert joined("t02", "t00", "t01") == [["t00", "t01", "t02"]], "in the order of the file"
+    assert joined("t00", "t02") == [["t00"], ["t02"]], "there is something else between them"
+    assert joined("t19", "t20") == [["t19"], ["t20"]], "a shard ends there"
+    assert joined("t07", "t07", "t08") == [["t07"], ["t07", "t08"]], "one that is wanted twice is read twice"
+    monkeypatch.setattr(loader.transfer, "PIECE_BYTES", 128)
+    assert joined("t00", "t01", "t02") == [["t00", "t01"], ["t02"]], "each is aligned in the piece"
+
+
+def test_more_neighbours_than_one_call_takes(neighbours: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader.checkpoint, "MOST_MEMORIES_A_READ", 3)
+    wanted = whole(neighbours, *(f"t{i:02d}" for i in range(20)))
+    with neighbours, Transfers(neighbours, CPU, threads=1) as transfers:
+        transfers.start(wanted, lambda _: None)()
+        assert all(torch.equal(each.into.float(), neighbours.fetch(each.info.name).float()) for each in wanted)
+
+
+def test_reads_that_come_short_go_on(neighbours: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv = os.preadv
+
+    def short(file: int, memories: list[memoryview], position: int) -> int:
+        most = 7  # bytes, as a file system on a network may do
+        return preadv(file, [memory[:most] for memory in memories[:1]], position)
+
+    monkeypatch.setattr(os, "preadv", short)
+    wanted = whole(neighbours, *(f"t{i:02d}" for i in range(20)))
+    with neighbours, Transfers(neighbours, CPU, threads=1) as transfers:
+        transfers.start(wanted, lambda _: None)()
+        assert all(torch.equal(each.into.float(), neighbours.fetch(each.info.name).float()) for each in wanted)
+
+
+def test_of_neighbours_the_one_that_was_cut_is_named(neighbours: Checkpoint) -> None:
+    wanted = whole(neighbours, "t03", "t04", "t05")
+    with neighbours, Transfers(neighbours, CPU, threads=1) as transfers:
+        neighbours.fetch("t03")
+        os.truncate(neighbours.index.folder / wanted[1].info.shard, wanted[1].info.end - 1)
+        with pytest.raises(CheckpointError, match=r"`t04` ends at byte .* cut short while loading"):
+            transfers.start(wanted, lambda _: None)()
 
 
 @pytest.mark.gpu
@@ -113,3 +244,16 @@ def test_pinned_pieces_to_a_gpu(checkpoint: Checkpoint, monkeypatch: pytest.Monk
         source = view("matrix", CUTS["columns"])
         transfers.start([Transfer(checkpoint.info("matrix"), source, each) for each in into], lambda _: None)()
         assert all(torch.equal(each.cpu(), MATRIX[:, 8:11]) for each in into)
+
+
+@pytest.mark.gpu
+def test_neighbours_of_which_some_stay_on_the_cpu(neighbours: Checkpoint) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    wanted = [
+        Transfer(each.info, each.source, each.into if i % 3 == 0 else each.into.cuda())
+        for i, each in enumerate(whole(neighbours, *(f"t{i:02d}" for i in range(60))))
+    ]
+    with neighbours, Transfers(neighbours, torch.device("cuda"), threads=3) as transfers:
+        transfers.start(wanted, lambda _: None)()
+        assert all(torch.equal(each.into.cpu().float(), neighbours.fetch(each.info.name).float()) for each in wanted)
