@@ -14,12 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gatekeeper import ABSENT, decide, from_record, load_rules, parse_rule_set
+from gatekeeper import ABSENT, UNKNOWN, decide, from_record, load_rules, parse_rule_set
 from gatekeeper.compile import compile_condition
 from gatekeeper.compile_gate import compile_truths, formula
 from gatekeeper.conditions import All, Any_, Condition, FactRef, Not
 from gatekeeper.conditions import Test as Atom
 from gatekeeper.decide import decide_again
+from gatekeeper.feature_facts import came_to
 from gatekeeper.lean import CompiledFeature
 from gatekeeper.log import quiet
 from gatekeeper.rules import RuleSet
@@ -177,10 +178,16 @@ def test_the_lean_call_says_what_decide_says(name: str, data: st.DataObject) -> 
     record = data.draw(records_of(SHIPPED, name))
     facts = from_record(SHIPPED.catalogue, json.loads(json.dumps(record)))
     with quiet():
-        whole = decide(SHIPPED, facts, [name])[name]
+        decided = decide(SHIPPED, facts)
+    whole = decided[name]
     (own,) = facts.runner_layer_values or ({},)
     by_layer = SHIPPED.features[name].scope == "layer"
-    values = {**facts.values, **own} if by_layer else facts.values
+    values = {**facts.values, **own} if by_layer else dict(facts.values)
+    for other, made in decided.items():
+        # What gates see of other features is for the caller to give.
+        model, layers = came_to(made, SHIPPED.features[other].outputs)
+        seen = layers[0] if by_layer and layers else model
+        values |= {fact: one.value for fact, one in seen.items() if one.value is not UNKNOWN}
     lean = CompiledFeature(SHIPPED, name)
     assert lean.choice(values) == (whole.state, whole.option)
     assert lean.state(values) == whole.state
