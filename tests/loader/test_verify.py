@@ -26,6 +26,7 @@ from loader import (
 from loader.checkpoint import Checkpoint
 from loader.planner import runner_layers
 from loader.rank import plan_of_rank
+from loader.raw import Reader
 from loader.spots import compare_rows
 from loader.verify import relative_error, tolerance
 from tests.loader.fakes import shipped
@@ -199,7 +200,9 @@ def test_a_slot_that_no_token_chose_is_found_by_its_row(wide: tuple[Path, Plan, 
                 pytest.raises(VerificationError, match=rf"slot {slot} of w2_weight does not hold `.*down_proj.weight`"),
                 Checkpoint(index) as checkpoint,
             ):
-                compare_rows(spoiled[0], plan.layers[0], None, runner_layers(index, family, facts)[0], checkpoint, 0)
+                compare_rows(
+                    spoiled[0], plan.layers[0], None, runner_layers(index, family, facts)[0], Reader(checkpoint), 0
+                )
             spoiled[0].experts.w2_weight[slot] = before
 
 
