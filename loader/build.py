@@ -79,6 +79,7 @@ def build(
     while the next one is read. Raises `BuildError` (everything that does not add up), `CheckpointError` (a file that
     can't be read) or what `check` raises; after any of them, no memory is left allocated.
     """
+    index.require_sound()
     where = _device(device)
     skeletons = [assemble(layer, plan.router, plan.experts) for layer in plan.layers]
     started = time.perf_counter()

@@ -63,9 +63,9 @@ def prepare(
     """
     decisions.require()
     rules = load_rules() if rules is None else rules
-    fresh = read_facts(folder, runner=runner_of(decisions), rules=rules)
+    fresh = read_facts(folder, runner=runner_of(decisions), rules=rules, keep_faults=True)
     require_fresh(decisions, fresh)
-    index = read_index(Path(folder))
+    index = read_index(Path(folder), keep_faults=True)
     if index is None:
         raise CheckpointError(f"`{folder}` has no *.safetensors; the loader needs weights, not a config.json alone")
     family = family_of(rules, fresh, folder)

@@ -40,8 +40,8 @@ def build_plan(
 
     A layer's shared expert fills slots where `shared_experts_fusion` is on in that layer, and stays on its own
     everywhere else. `formats` are those of a rule set, the shipped one by default. Raises `PlanError` with every tensor
-    and slot that does not work out, `CheckpointError` where config.json has no sizes to plan with or the family is one
-    that this loader can't compute.
+    and slot that does not work out and the index's own faults, `CheckpointError` where config.json has no sizes to plan
+    with or the family is one that this loader can't compute.
     """
     tensors = runner_layers(index, family, facts)
     formats = load_rules().formats if formats is None else formats
@@ -49,7 +49,8 @@ def build_plan(
     router, experts = router_config(family, facts.values), expert_config(family, facts.values)
     widths = _widths(facts.values)
     _require_plausible(widths, index, tensors)
-    faults = _layer_faults(family, facts, tensors)
+    faults = [PlanFault(layer=-1, tensor=f.shard, code="header", problem=f.problem) for f in index.faults]
+    faults += _layer_faults(family, facts, tensors)
     blocks = _blocks(index, [layer.name for layer in tensors])
     layers: list[LayerPlan] = []
     for layer in tensors:
