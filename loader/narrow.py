@@ -47,29 +47,34 @@ class Strips:
     """Which strip of which expert, in a layer as it was loaded and in the checkpoint alike."""
 
     def __init__(self, plan: LayerPlan, rank: Rank | None, seed: int) -> None:
-        self._plan, self._rank, self._seed = plan, rank, seed
+        self._plan, self._rank = plan, rank
         self.held = plan.held or (0, plan.n_routed)
         self.shared_weight = plan.shared_weight
         self.shared_slots = plan.n_shared if plan.shared == "slot" else 0
+        draw = random.Random(seed)
         layouts = [plan.layout] + ([plan.shared_layout] if plan.shared_layout else [])
-        self.hidden = _place(layouts, plan.hidden_size, HIDDEN_STRIP, f"{seed} hidden")
+        (self.hidden,) = _places(1, layouts, plan.hidden_size, HIDDEN_STRIP, draw)
+        slots = self.held[1] - self.held[0] + self.shared_slots
+        self._spans = _places(slots, [plan.layout], plan.width, STRIP, draw)
+        if plan.shared_layout is not None:
+            (self._shared_span,) = _places(1, [plan.shared_layout], plan.shared_width, STRIP, draw)
 
     def of_routed(self, expert: int) -> Strip:
         """The strip of a routed expert, by its number in the whole layer."""
         plan = self._plan
         offset = self._rank.moe_tp_rank * plan.width if self._rank else 0
-        return self._strip(plan.layout, self._span(expert - self.held[0]), offset)
+        return self._strip(plan.layout, self._spans[expert - self.held[0]], offset)
 
     def of_shared(self) -> Iterator[Strip]:
         """Strips of the shared expert: one where it is on its own, one for each slot that it fills."""
         plan = self._plan
         if plan.shared == "separate" and plan.shared_layout is not None:
             offset = self._rank.index * plan.shared_width if self._rank else 0
-            yield self._strip(plan.shared_layout, self._shared_span(), offset)
+            yield self._strip(plan.shared_layout, self._shared_span, offset)
         slices = self._rank.moe_tp_size if self._rank else 1
         for slot in range(self.shared_slots):
             offset = slot * plan.width * slices + (self._rank.moe_tp_rank * plan.width if self._rank else 0)
-            yield self._strip(plan.layout, self._span(self.held[1] - self.held[0] + slot), offset)
+            yield self._strip(plan.layout, self._spans[self.held[1] - self.held[0] + slot], offset)
 
     def narrowed(self, layer: MoELayer, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> tuple[MoELayer, int]:
         """`layer` with nothing but strips, for tokens cut to `hidden`, and how many experts are in it.
@@ -80,10 +85,10 @@ class Strips:
         slots_U, renumbered_TK = ids_TK.unique(return_inverse=True)
         narrow = _shallow(layer)
         narrow.router = _Fixed((weights_TK, renumbered_TK))
-        narrow.experts = self._cut(layer.experts, {slot: self._span(slot) for slot in slots_U.tolist()}, plan.width)
+        narrow.experts = self._cut(layer.experts, {slot: self._spans[slot] for slot in slots_U.tolist()}, plan.width)
         if layer.shared is not None:
             narrow.shared = _shallow(layer.shared)
-            narrow.shared.experts = self._cut(layer.shared.experts, {0: self._shared_span()}, plan.shared_width)
+            narrow.shared.experts = self._cut(layer.shared.experts, {0: self._shared_span}, plan.shared_width)
             if layer.shared.gate is not None:
                 narrow.shared._modules["gate"] = _Fixed(layer.shared.gate(x_TD))
         return narrow, len(slots_U) + (layer.shared is not None)
@@ -107,13 +112,6 @@ class Strips:
             downs = [w2[slot, out, slice(*part.stored_columns(span, width))] for slot, span in spans.items()]
             narrow._parameters[f"w2_{part.name}"] = _stacked(downs)
         return narrow
-
-    def _span(self, slot: int) -> Span:
-        return _place([self._plan.layout], self._plan.width, STRIP, f"{self._seed} {slot}")
-
-    def _shared_span(self) -> Span:
-        assert self._plan.shared_layout is not None
-        return _place([self._plan.shared_layout], self._plan.shared_width, STRIP, f"{self._seed} shared")
 
     def _strip(self, layout: Layout, span: Span, offset: int) -> Strip:
         parts = {part.suffix: part for part in layout.parts}
@@ -154,16 +152,15 @@ class _Fixed(nn.Module):
         return self._answer
 
 
-def _place(layouts: Sequence[Layout], width: int, strip: int, seed: str) -> Span:
-    """Some place of whole blocks; all of `width` where it has no more than one strip."""
+def _places(count: int, layouts: Sequence[Layout], width: int, strip: int, draw: random.Random) -> list[Span]:
+    """Some places of whole blocks; all of `width` where it has no more than one strip."""
     parts = [part for layout in layouts for part in layout.parts]
     sizes = (size for part in parts for size in (part.rows_per_item, part.columns_per_item) if size)
     size = math.lcm(*sizes, strip)
-    count = width // size
-    if count <= 1:
-        return 0, width
-    place = random.Random(seed).randrange(count)
-    return place * size, (place + 1) * size
+    if width < 2 * size:
+        return [(0, width)] * count
+    places = [size * draw.randrange(width // size) for _ in range(count)]
+    return [(place, place + size) for place in places]
 
 
 def _shallow(module: M) -> M:

@@ -91,8 +91,7 @@ class Reader:
         memory, nbytes = bytes_of(found), some.height * some.width * dtype.itemsize
         for i, matrix in enumerate(matrices):
             if matrix.is_contiguous:
-                into = memory[i * nbytes : (i + 1) * nbytes]
-                self.checkpoint.read_into(matrix.tensor, matrix.first * dtype.itemsize, into)
+                self._fill(memory[i * nbytes : (i + 1) * nbytes], matrix, dtype)
             else:
                 found[i].copy_(self._spread(matrix, dtype))
         return found
@@ -102,9 +101,13 @@ class Reader:
         nbytes = matrix.extent * dtype.itemsize
         if nbytes > len(self._scratch):
             self._grow(nbytes)
-        self.checkpoint.read_into(matrix.tensor, matrix.first * dtype.itemsize, self._memory[:nbytes])
+        self._fill(self._memory[:nbytes], matrix, dtype)
         raw = self._scratch[:nbytes].view(dtype)
         return raw.as_strided((matrix.height, matrix.width), (matrix.down, matrix.across))
+
+    def _fill(self, memory: memoryview, matrix: Matrix, dtype: torch.dtype) -> None:
+        """With the bytes from the first number of a matrix on."""
+        self.checkpoint.read_into(matrix.tensor, matrix.first * dtype.itemsize, memory)
 
     def _grow(self, nbytes: int) -> None:
         self._scratch = torch.empty(nbytes, dtype=torch.uint8)

@@ -21,8 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -86,10 +84,11 @@ def verify(
     dtype: torch.dtype | None = None,
 ) -> tuple[Verified, ...]:
     """Compare each of `layers` with `tensors` of `index`; see `Verifier`, which does the same while loading."""
-    with Verifier(plan, index, tensors, tokens=tokens, seed=seed, dtype=dtype) as verifier:
+    verifier = Verifier(plan, tensors, tokens=tokens, seed=seed, dtype=dtype)
+    with Checkpoint(index) as checkpoint:
         for layer, layer_plan in zip(layers, plan.layers, strict=True):
-            verifier(layer, layer_plan)
-        return verifier.verified
+            verifier(layer, layer_plan, checkpoint)
+    return verifier.verified
 
 
 class Verifier:
@@ -102,26 +101,16 @@ class Verifier:
     def __init__(
         self,
         plan: Plan,
-        index: Index,
         tensors: Sequence[MoeTensors],
         *,
         tokens: int = TOKENS,
         seed: int = 0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._plan, self._checkpoint = plan, Checkpoint(index)
-        self._reader = Reader(self._checkpoint)
+        self._plan = plan
         self._tensors = {each.name: each for each in tensors}
         self._tokens, self._seed, self._dtype = tokens, seed, dtype
         self._found: list[Verified] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._checkpoint.__exit__(kind, error, traceback)
 
     @property
     def verified(self) -> tuple[Verified, ...]:
@@ -129,9 +118,9 @@ class Verifier:
         return tuple(self._found)
 
     @torch.no_grad()
-    def __call__(self, layer: MoELayer, plan: LayerPlan) -> None:
-        """Compare one layer."""
-        tensors = self._tensors[layer.name]
+    def __call__(self, layer: MoELayer, plan: LayerPlan, checkpoint: Checkpoint) -> None:
+        """Compare one layer with the checkpoint."""
+        tensors, reader = self._tensors[layer.name], Reader(checkpoint)
         device = next(layer.parameters()).device
         dtype = self._dtype or sharpest(plan.backend, device)
         names = [plan.format] + ([plan.shared_format] if plan.shared_format else [])
@@ -140,7 +129,7 @@ class Verifier:
         count = max(ROUTED_TOKENS, self._tokens)
         x_TD = random_tokens(count, plan.hidden_size, self._seed + layer.index).to(dtype)
         strips = Strips(plan, self._plan.rank, self._seed + layer.index)
-        reference = Reference(self._reader, tensors, self._plan, strips)
+        reference = Reference(reader, tensors, self._plan, strips)
         choices, clear_T = reference.choices(x_TD)
         if not clear_T.any():
             raise VerificationError(
@@ -172,7 +161,7 @@ class Verifier:
                 figure=figure,
                 tolerance=allowed,
             )
-        rows = compare_rows(layer, plan, self._plan.rank, tensors, self._reader, self._seed + layer.index)
+        rows = compare_rows(layer, plan, self._plan.rank, tensors, reader, self._seed + layer.index)
         self._found.append(
             Verified(
                 index=layer.index,

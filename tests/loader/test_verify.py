@@ -211,20 +211,19 @@ def test_layers_are_verified_while_loading_and_a_bad_one_leaves_nothing(made: Ca
     plan, index = planned(folder, on=True)
     facts = read_facts(folder)
     family = shipped().families[str(facts.values["model.family"])]
-    with Verifier(plan, index, runner_layers(index, family, facts)) as verifier:
-        build(plan, index, check=verifier)
-        assert [one.index for one in verifier.verified] == [1, 2]
+    verifier = Verifier(plan, runner_layers(index, family, facts))
+    build(plan, index, check=verifier)
+    assert [one.index for one in verifier.verified] == [1, 2]
 
     seen: list[MoELayer] = []
 
-    def spoiling(layer: MoELayer, layer_plan: LayerPlan) -> None:
+    def spoiling(layer: MoELayer, layer_plan: LayerPlan, checkpoint: Checkpoint) -> None:
         seen.append(layer)
         if layer.index == 2:
             layer.experts.w13_weight.zero_()
-        verifier(layer, layer_plan)
+        verifier(layer, layer_plan, checkpoint)
 
-    verifier = Verifier(plan, index, runner_layers(index, family, facts))
-    with verifier, pytest.raises(VerificationError, match="layer 2 "):
+    with pytest.raises(VerificationError, match="layer 2 "):
         build(plan, index, check=spoiling)
     assert sum(p.untyped_storage().nbytes() for layer in seen for p in layer.parameters()) == 0
 
