@@ -107,7 +107,9 @@ class Reader:
 
     def _fill(self, memory: memoryview, matrix: Matrix, dtype: torch.dtype) -> None:
         """With the bytes from the first number of a matrix on."""
-        self.checkpoint.read_into(matrix.tensor, matrix.first * dtype.itemsize, memory)
+        first_byte = matrix.first * dtype.itemsize
+        assert first_byte + len(memory) <= matrix.tensor.nbytes
+        self.checkpoint.read_into(matrix.tensor, first_byte, memory)
 
     def _grow(self, nbytes: int) -> None:
         self._scratch = torch.empty(nbytes, dtype=torch.uint8)
