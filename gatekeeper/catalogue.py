@@ -1,147 +1,23 @@
-"""The catalogue: every fact with its type, its default and what it is derived from."""
+"""The catalogue: every fact by name, when it can be known, and what it comes to where nobody gave it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, TypeAlias
 
-from gatekeeper.errors import FactError, Fault, Where
-from gatekeeper.expression_types import check_type
-from gatekeeper.expressions import Expression, parse_expression
-from gatekeeper.source import Document, WrittenFloat, WrittenInt, nearest
-from gatekeeper.values import ABSENT, UNKNOWN, Arch, Missing, Reading, Readings, Value, Version, shown
-from gatekeeper.waivers import Waiver, read_waivers
+from gatekeeper.errors import FactError
+from gatekeeper.expressions import Expression
+from gatekeeper.fact_spec import FEATURE_GROUP, FactSpec
+from gatekeeper.source import nearest
+from gatekeeper.values import ABSENT, UNKNOWN, Missing, Reading, Readings, Value
 
 Records: TypeAlias = Mapping[str, tuple[str, ...]]
 """Fields of each fact that is a record."""
-
-CHECKPOINT_GROUPS = frozenset({"model", "quant", "layer"})
-"""Groups whose facts are read from the checkpoint; nobody sets them by hand."""
-FEATURE_GROUP = "feature"
-"""The group of what other features came to; nobody gives or declares these facts."""
-FAMILY_FACT = "model.family"
-"""Its values are the rule set's families."""
 STAGES = ("config", "checkpoint", "platform", "layout")
 """When facts can be known, in order; where the catalogue does not say, the group does."""
 _STAGE_OF = {"model": 0, "quant": 0, "layer": 1, "platform": 2, "library": 2, "env": 2}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FactSpec:
-    """One fact as the catalogue declares it."""
-
-    name: str
-    type: str
-    """`boolean integer number string enum version arch list record`."""
-    doc: str
-    where: Where
-    from_: tuple[str, ...] = ()
-    """Paths in config.json, the first that is there counts."""
-    default: Value | Missing = UNKNOWN
-    """Taken where the fact is absent; `UNKNOWN`: there is no default."""
-    default_derive: Expression | None = None
-    derive: Expression | None = None
-    given_by: tuple[str, ...] = ()
-    known_values: tuple[str, ...] = ()
-    values: tuple[str, ...] = ()
-    minimum: float | None = None
-    controllable: tuple[Value, ...] = ()
-    items: str = "string"
-    fields: Mapping[str, FactSpec] = field(default_factory=dict)
-    null_means_absent: bool = False
-    stage: str = ""
-    """As declared; `Catalogue.stage_of` knows what follows from the group and the derivation."""
-    allow: tuple[Waiver, ...] = ()
-
-    @property
-    def group(self) -> str:
-        return self.name.partition(".")[0]
-
-    @property
-    def has_default(self) -> bool:
-        return self.default is not UNKNOWN or self.default_derive is not None
-
-    @property
-    def only_derived(self) -> bool:
-        return self.derive is not None and not self.from_ and not self.given_by
-
-    def coerce(self, raw: Any) -> Value:
-        """Return `raw`, as YAML or JSON gave it, as this fact's type. Raises `ValueError` with what was expected."""
-        if self.type == "record":
-            return self._record(raw)
-        if self.type == "list":
-            if not isinstance(raw, list | tuple):
-                raise ValueError(f"expected a list, not {_given(raw)}")
-            return tuple(_scalar(self.items, item) for item in raw)
-        if self.type == "enum" and isinstance(raw, bool):
-            raw = shown(raw)  # `true`, `false` and `partly` are the words of one enum
-        value = _scalar(self.type, raw)
-        if self.type == "enum" and value not in self.values:
-            raise ValueError(
-                f"expected one of {', '.join(self.values)}, not `{value}`{nearest(str(value), self.values)}"
-            )
-        if self.minimum is not None and isinstance(value, int | float) and value < self.minimum:
-            raise ValueError(f"expected {shown(self.minimum)} or more, not `{shown(value)}`")
-        return value
-
-    def _record(self, raw: Any) -> Value:
-        if not isinstance(raw, Mapping):
-            raise ValueError(f"expected a record of {', '.join(self.fields)}, not {_given(raw)}")
-        result: dict[str, Any] = {}
-        for key, item in raw.items():
-            if key not in self.fields:
-                raise ValueError(f"unknown field `{key}`{nearest(key, self.fields)}")
-            if item is not UNKNOWN:
-                result[key] = ABSENT if item is None or item is ABSENT else self.fields[key].coerce(item)
-        return result
-
-
-def _given(raw: Any) -> str:
-    if isinstance(raw, bool):
-        return f"the boolean `{shown(raw)}`"
-    if isinstance(raw, int | float):
-        return f"the number `{raw}`"
-    if isinstance(raw, str):
-        return f"the text `{raw if len(raw) < 60 else raw[:57] + '...'}`"
-    if isinstance(raw, list | tuple):
-        return "a list"
-    return "a mapping" if isinstance(raw, Mapping) else f"`{raw}`"
-
-
-def _scalar(kind: str, raw: Any) -> Value:
-    if isinstance(raw, str) and not raw.isascii():
-        try:
-            raw.encode()
-        except UnicodeEncodeError:
-            raise ValueError("expected Unicode text; a lone surrogate is no character") from None
-    if kind == "boolean":
-        if isinstance(raw, bool):
-            return raw
-    elif kind in ("integer", "number"):
-        if isinstance(raw, int | float) and not isinstance(raw, bool) and raw == raw:
-            if abs(raw) < float("inf") and raw == int(raw):
-                return int(raw)  # 10.0 is 10, in a digest too
-            if kind == "number" and abs(raw) < float("inf"):
-                return float(raw)
-    elif kind in ("version", "arch"):
-        # Their text counts: 2.10 is not 2.1. A number of JSON has no text of its own, so it is refused.
-        text = raw.text if isinstance(raw, WrittenInt | WrittenFloat) else raw
-        if isinstance(text, Version | Arch):
-            return text
-        if isinstance(text, str):
-            return Version(text) if kind == "version" else Arch(text)
-        raise ValueError(f"expected a text such as `{'2.10' if kind == 'version' else 'sm90'}`, not {_given(raw)}")
-    elif isinstance(raw, str):
-        return raw
-    what = "a text" if kind in ("string", "enum") else a_type(kind)
-    raise ValueError(f"expected {what}, not {_given(raw)}")
-
-
-def a_type(kind: str) -> str:
-    """Return a type as a sentence has it: `an integer`, `a list`."""
-    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 class Catalogue(Mapping[str, FactSpec]):
@@ -180,7 +56,7 @@ class Catalogue(Mapping[str, FactSpec]):
             name = left.pop()
             if name not in found:
                 found.add(name)
-                left += _dependencies(self._specs, name)
+                left += dependencies(self._specs, name)
                 if name.startswith(f"{FEATURE_GROUP}."):
                     left += self.decided_from.get(name.split(".")[1], ())
         return frozenset(found)
@@ -319,7 +195,8 @@ def _expand_records(catalogue: Mapping[str, FactSpec], given: Readings) -> dict[
     return result
 
 
-def _dependencies(specs: Mapping[str, FactSpec], name: str) -> frozenset[str]:
+def dependencies(specs: Mapping[str, FactSpec], name: str) -> frozenset[str]:
+    """Return the facts that one is derived from, or is unless somebody gives it; of records, their fields."""
     spec = specs[name]
     names = frozenset().union(*(e.names for e in (spec.derive, spec.default_derive) if e is not None))
     if spec.group == "engine" and not spec.only_derived:
@@ -329,7 +206,7 @@ def _dependencies(specs: Mapping[str, FactSpec], name: str) -> frozenset[str]:
 
 
 def _evaluation_order(specs: Mapping[str, FactSpec]) -> tuple[str, ...]:
-    graph = {name: _dependencies(specs, name) for name in sorted(specs) if specs[name].type != "record"}
+    graph = {name: dependencies(specs, name) for name in sorted(specs) if specs[name].type != "record"}
     try:
         return tuple(TopologicalSorter(graph).static_order())
     except CycleError:
@@ -339,130 +216,6 @@ def _evaluation_order(specs: Mapping[str, FactSpec]) -> tuple[str, ...]:
 def _layer_dependent(specs: Mapping[str, FactSpec], order: tuple[str, ...]) -> frozenset[str]:
     found: set[str] = {name for name in specs if name.startswith("layer.")}
     for name in order:
-        if _dependencies(specs, name) & found:
+        if dependencies(specs, name) & found:
             found.add(name)
     return frozenset(found)
-
-
-def parse_catalogue(documents: list[Document], faults: list[Fault], decided: Iterable[FactSpec] = ()) -> Catalogue:
-    """Read `facts:` of every document; what is wrong is added to `faults`.
-
-    `decided` are the facts that say what features came to.
-    """
-    specs: dict[str, FactSpec] = {}
-    for document in documents:
-        for name, raw in document.data["facts"].items():
-            where = document.where(("facts", name))
-            if name.startswith(f"{FEATURE_GROUP}."):
-                message = f"`{name}` says what a feature came to, and is there by itself; declare the feature instead"
-                faults.append(Fault("bad-fact", message, where))
-                continue
-            if name in specs:
-                faults.append(Fault("duplicate-fact", f"fact `{name}` is declared in {specs[name].where} too", where))
-                continue
-            spec = _parse_spec(name, raw, document, faults)
-            if spec is not None:
-                specs[name] = spec
-    catalogue = Catalogue({**specs, **{spec.name: spec for spec in decided}})
-    for spec in specs.values():
-        for expression in (spec.derive, spec.default_derive):
-            if expression is not None:
-                _check_expression(spec, expression, catalogue, faults)
-    try:
-        TopologicalSorter({n: _dependencies(catalogue, n) for n in catalogue}).prepare()
-    except CycleError as error:
-        chain = " from ".join(f"`{name}`" for name in error.args[1])
-        faults.append(Fault("cycle", f"facts are derived in a circle: {chain}", catalogue[error.args[1][0]].where))
-    return catalogue
-
-
-def _check_expression(spec: FactSpec, expression: Expression, catalogue: Catalogue, faults: list[Fault]) -> None:
-    unknown = sorted(expression.names - catalogue.keys())
-    for name in unknown:
-        message = f"`{spec.name}` is derived from the unknown fact `{name}`{nearest(name, catalogue)}"
-        faults.append(Fault("unknown-fact", message, spec.where))
-    for name in sorted(expression.names & catalogue.keys()):
-        if catalogue[name].group == FEATURE_GROUP:
-            message = f"`{spec.name}` is derived from `{name}`, which is decided only from facts; test it in a gate"
-            faults.append(Fault("bad-fact", message, spec.where))
-    try:
-        check_type(expression, spec, catalogue)
-    except ValueError as error:
-        faults.append(Fault("wrong-type", f"fact `{spec.name}`: {error}", spec.where))
-
-
-def _parse_spec(name: str, raw: dict[str, Any], document: Document, faults: list[Fault]) -> FactSpec | None:
-    where = document.where(("facts", name))
-    try:
-        _check_shape(raw)
-        stage = raw.get("stage", "")
-        fields = {
-            key: FactSpec(
-                name=f"{name}.{key}", type=one["type"], doc=one["doc"], where=where, stage=stage, **_typing(one)
-            )
-            for key, one in raw.get("fields", {}).items()
-        }
-        spec = FactSpec(
-            name=name,
-            type=raw["type"],
-            doc=raw["doc"],
-            where=where,
-            from_=tuple(raw.get("from", ())),
-            derive=parse_expression(_text(raw["derive"])) if "derive" in raw else None,
-            given_by=tuple(raw.get("given_by", ())),
-            fields=fields,
-            null_means_absent=raw.get("null_means") == "absent",
-            stage=stage,
-            allow=read_waivers(document, raw, ("facts", name)),
-            **_typing(raw),
-        )
-        default = raw.get("default")
-        if isinstance(default, dict):
-            spec = replace(spec, default_derive=parse_expression(_text(default["derive"])))
-        elif default is not None:
-            spec = replace(spec, default=spec.coerce(default))
-        choices = raw.get("controllable", ())
-        if choices is True:
-            choices = _all_values(spec)
-        return replace(spec, controllable=tuple(map(spec.coerce, choices or ())))
-    except ValueError as error:
-        faults.append(Fault("bad-fact", f"fact `{name}`: {error}", where))
-        return None
-
-
-def _all_values(spec: FactSpec) -> tuple[Any, ...]:
-    """Return every value that a fact can be set to, for `controllable: true`."""
-    if spec.type not in ("boolean", "enum"):
-        raise ValueError(
-            f"`controllable: true` goes with boolean and enum; list what {a_type(spec.type)} can be set to"
-        )
-    return spec.values or (False, True)
-
-
-def _check_shape(raw: dict[str, Any]) -> None:
-    """Raise `ValueError` where a declaration's keys do not go together."""
-    kind = raw["type"]
-    for key, owner in (("fields", "record"), ("values", "enum")):
-        if kind == owner and not raw.get(key):
-            raise ValueError(f"{a_type(kind)} needs `{key}`; add them")
-        if kind != owner and key in raw:
-            raise ValueError(f"`{key}` goes with the type {owner}, not with {kind}")
-    if "items" in raw and kind != "list":
-        raise ValueError(f"`items` goes with the type list, not with {kind}")
-    if kind == "record" and raw.keys() & {"derive", "default", "controllable", "minimum"}:
-        raise ValueError("a record has no value of its own; say it of its fields")
-    for one in raw.get("fields", {}).values():
-        _check_shape(one)
-
-
-def _text(value: Any) -> str:
-    return str(getattr(value, "text", value))
-
-
-def _typing(raw: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "known_values": tuple(raw.get("known_values", ())),
-        "values": tuple(raw.get("values", ())),
-        "minimum": raw.get("minimum"),
-        "items": raw.get("items", "string"),
-    }

@@ -15,7 +15,7 @@ from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from gatekeeper.errors import CheckpointError, one_line
 from gatekeeper.files import Unreadable, inside, open_regular, read_whole, require_unicode
@@ -72,22 +72,44 @@ class TensorInfo:
         return self.end - self.start
 
 
+class HeaderFault(NamedTuple):
+    """One thing that is wrong with a shard, its header or what the index says of it."""
+
+    shard: str
+    """``model-00001-of-00064.safetensors``"""
+    problem: str
+    """One line: ``tensor `b` overlaps tensor `a```"""
+    hides: bool = False
+    """Whether it leaves tensors unknown or beyond belief: a shard is missing, cut short or makes no sense."""
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.problem}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Index:
     """Every tensor of a checkpoint folder, by name."""
 
     folder: Path
     tensors: Mapping[str, TensorInfo]
+    faults: tuple[HeaderFault, ...] = ()
+    """What is wrong with headers though they name all tensors; empty unless `read_index` was to keep it."""
+
+    def require_sound(self, *more: str) -> None:
+        """Raise `CheckpointError` where there are `faults`, with `more` that is wrong."""
+        if self.faults:
+            raise _error(self.folder, [*map(str, self.faults), *more])
 
 
-def read_index(folder: Path) -> Index | None:
+def read_index(folder: Path, *, keep_faults: bool = False) -> Index | None:
     """Read the headers of all safetensors of `folder`, checked against its index where it has one.
 
     None where the folder holds no safetensors at all (neither index nor shard). Raises `CheckpointError` that lists
     all that is wrong, one line a fault: a shard missing, truncated or leaving the folder; a header that is too long,
     not JSON, or whose offsets overlap, leave gaps, or do not fit shape and dtype; a tensor that is named twice, or by
     only one of index and shard. A folder with nothing but pickled weights is an error too: they are never opened.
-    Header format: https://github.com/huggingface/safetensors#format
+    With `keep_faults`, faults that leave all tensors known, such as overlaps, are not raised but left on the index, to
+    be raised together with what else is wrong. Header format: https://github.com/huggingface/safetensors#format
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -102,61 +124,60 @@ def read_index(folder: Path) -> Index | None:
                 "convert them to safetensors"
             )
         return None
-    faults: list[str] = []
+    unusable: list[str] = []
     weight_map: dict[str, str] | None = None
     if len(indexes) > 1:
-        faults.append(f"{_some([p.name for p in indexes])}: several indexes in one folder; keep one")
+        unusable.append(f"{_some([p.name for p in indexes])}: several indexes in one folder; keep one")
     elif indexes:
         try:
             weight_map = _read_weight_map(folder, indexes[0].name, shards_here)
         except Unreadable as bad:
-            faults += [f"{indexes[0].name}: {problem}" for problem in bad.problems]
-    if faults:  # without a trusted index no statement about the shards would be worth anything
-        raise _error(folder, faults)
-    tensors = _read_shards(folder, shards_here, weight_map, faults)
-    if faults:
-        raise _error(folder, faults)
-    return Index(folder=folder, tensors=MappingProxyType(tensors))
+            unusable += [f"{indexes[0].name}: {problem}" for problem in bad.problems]
+    if unusable:  # without a trusted index no statement about the shards would be worth anything
+        raise _error(folder, unusable)
+    index = _read_shards(folder, shards_here, weight_map)
+    if not keep_faults or any(fault.hides for fault in index.faults):
+        index.require_sound()
+    return index
 
 
-def _read_shards(
-    folder: Path, shards_here: list[str], weight_map: dict[str, str] | None, faults: list[str]
-) -> dict[str, TensorInfo]:
+def _read_shards(folder: Path, shards_here: list[str], weight_map: dict[str, str] | None) -> Index:
     names_by_shard: dict[str, list[str]] = defaultdict(list)
     for name, shard in (weight_map or {}).items():
         names_by_shard[shard].append(name)
     shards = sorted(names_by_shard) if weight_map is not None else shards_here
     tensors: dict[str, TensorInfo] = {}
+    faults: list[HeaderFault] = []
     for shard in shards:
         expected = names_by_shard[shard]
+        named = f" (the index expects {_some(expected)} there)" if expected else ""
         try:
-            found = read_header(inside(folder, shard, "shard"), shard)
+            found, misplaced = _read_entries(inside(folder, shard, "shard"), shard)
         except Unreadable as bad:
-            named = f" (the index expects {_some(expected)} there)" if expected else ""
-            faults += [f"{_cut(shard)}: {problem}{named}" for problem in bad.problems]
+            faults += [HeaderFault(_cut(shard), f"{problem}{named}", hides=True) for problem in bad.problems]
             continue
-        faults += [
-            f"{shard}: tensor {_quoted(name)} is in {tensors[name].shard} too; a tensor belongs to one shard"
+        problems = [f"{problem}{named}" for problem in misplaced]
+        problems += [
+            f"tensor {_quoted(name)} is in {_cut(tensors[name].shard)} too; a tensor belongs to one shard"
             for name in sorted(found.keys() & tensors.keys())
         ]
         if weight_map is not None:
-            faults += [
-                f"{shard}: tensor {_quoted(name)} is in the index but not here"
-                for name in sorted(expected)
-                if name not in found
+            problems += [
+                f"tensor {_quoted(name)} is in the index but not here" for name in sorted(expected) if name not in found
             ]
             for name in sorted(found.keys() - set(expected)):
                 place = f"names {_cut(weight_map[name])} for it" if name in weight_map else "does not name it"
-                faults.append(f"{shard}: tensor {_quoted(name)} is here but the index {place}")
+                problems.append(f"tensor {_quoted(name)} is here but the index {place}")
+        faults += [HeaderFault(_cut(shard), problem) for problem in problems]
         tensors |= found
     if weight_map is None:
         faults += _gaps(shards)
     else:
         faults += [
-            f"{shard}: belongs to the same set of shards as the index's, but the index does not name it"
+            HeaderFault(_cut(shard), "belongs to the same set of shards as the index's, but the index does not name it")
             for shard in _stray_shards(shards_here, shards)
         ]
-    return tensors
+    return Index(folder=folder, tensors=MappingProxyType(tensors), faults=tuple(faults))
 
 
 def _stray_shards(here: list[str], indexed: list[str]) -> list[str]:
@@ -165,7 +186,7 @@ def _stray_shards(here: list[str], indexed: list[str]) -> list[str]:
     return [shard for shard in here if shard not in indexed and (m := _series(shard)) and m[1:] in series]
 
 
-def _gaps(here: list[str]) -> list[str]:
+def _gaps(here: list[str]) -> list[HeaderFault]:
     """What is missing of each ``-NNNNN-of-NNNNN`` series, where no index says it."""
     found: dict[tuple[str, str], list[int]] = defaultdict(list)
     for number, *series in filter(None, map(_series, here)):
@@ -175,10 +196,9 @@ def _gaps(here: list[str]) -> list[str]:
         count = int(after.split("-")[2].removesuffix(".safetensors"))
         if len(numbers) < count:
             first = min(set(range(1, len(numbers) + 2)) - set(numbers))
-            faults.append(
-                f"{before}{first:05d}{after}: the shard is missing ({count - len(numbers)} of {count} are, and the "
-                "index); download the folder again"
-            )
+            missing = f"{count - len(numbers)} of {count} are, and the index"
+            problem = f"the shard is missing ({missing}); download the folder again"
+            faults.append(HeaderFault(_cut(f"{before}{first:05d}{after}"), problem, hides=True))
     return faults
 
 
@@ -280,6 +300,17 @@ def _check_index_size(folder: Path, index_bytes: int, shards_here: list[str]) ->
 
 def read_header(path: Path, shard: str) -> dict[str, TensorInfo]:
     """Read one shard's header; raises `Unreadable`, a `ValueError`, with all that is wrong in it."""
+    tensors, problems = _read_entries(path, shard)
+    if problems:
+        raise Unreadable(*problems)
+    return tensors
+
+
+def _read_entries(path: Path, shard: str) -> tuple[dict[str, TensorInfo], list[str]]:
+    """Read the tensors of one shard's header, and what is wrong with where they lie: overlaps and gaps.
+
+    Raises `Unreadable`, with that too, where an entry can't be understood or claims bytes that the file does not have.
+    """
     with open_regular(path) as file:
         file_bytes = file.seek(0, 2)
         file.seek(0)
@@ -316,10 +347,15 @@ def read_header(path: Path, shard: str) -> dict[str, TensorInfo]:
             tensors[name] = _tensor(name, entry, shard, data_start)
         except Unreadable as bad:
             problems.append(f"tensor {_quoted(name)} {bad}")
-    problems += _layout_problems(tensors, data_start, file_bytes, complete=not problems)
+    misplaced = _misplaced(tensors, data_start, file_bytes, complete=not problems)
+    problems += [
+        f"is truncated: tensor {_quoted(info.name)} ends at byte {info.end} of a file of {file_bytes}"
+        for info in tensors.values()
+        if info.end > file_bytes
+    ]
     if problems:
-        raise Unreadable(*problems)
-    return tensors
+        raise Unreadable(*problems, *misplaced)
+    return tensors, misplaced
 
 
 def _is_count(value: object) -> bool:
@@ -352,17 +388,11 @@ def _tensor(name: str, entry: object, shard: str, data_start: int) -> TensorInfo
     )
 
 
-def _layout_problems(
-    tensors: Mapping[str, TensorInfo], data_start: int, file_bytes: int, *, complete: bool
-) -> list[str]:
-    """Overlaps, gaps and missing bytes; gaps mean nothing while some tensors could not be read (`complete` false)."""
+def _misplaced(tensors: Mapping[str, TensorInfo], data_start: int, file_bytes: int, *, complete: bool) -> list[str]:
+    """Overlaps and gaps; gaps mean nothing while some tensors could not be read (`complete` false)."""
     problems = []
     position, before = data_start, "the header"
     for info in sorted(tensors.values(), key=lambda t: (t.start, t.end, t.name)):
-        if info.end > file_bytes:
-            problems.append(
-                f"is truncated: tensor {_quoted(info.name)} ends at byte {info.end} of a file of {file_bytes}"
-            )
         if info.start < position:
             problems.append(f"tensor {_quoted(info.name)} overlaps {before}")
         elif info.start > position and complete:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, Union
 
-from gatekeeper.catalogue import Catalogue, FactSpec, a_type
+from gatekeeper.catalogue import Catalogue
 from gatekeeper.errors import Fault, Where
+from gatekeeper.fact_spec import FactSpec, a_type
 from gatekeeper.operators import NEGATED, OPERATORS
 from gatekeeper.source import Document, nearest
 from gatekeeper.values import Value

@@ -9,10 +9,10 @@ from typing import Any
 
 from gatekeeper import log
 from gatekeeper.asked import Asked, read_request
-from gatekeeper.catalogue import FEATURE_GROUP
 from gatekeeper.conditions import places
 from gatekeeper.decision import Decision, Decisions, LayerDecision, State, ranges
 from gatekeeper.errors import FactError
+from gatekeeper.fact_spec import FEATURE_GROUP
 from gatekeeper.facts import Facts
 from gatekeeper.feature_facts import came_to
 from gatekeeper.judge import CompiledGate, Judge, Verdict

@@ -11,10 +11,10 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from gatekeeper.catalogue import FAMILY_FACT, FEATURE_GROUP, FactSpec, a_type
 from gatekeeper.conditions import comparable
 from gatekeeper.data import data_folder
 from gatekeeper.diagnostics import diagnostics
+from gatekeeper.fact_spec import FAMILY_FACT, FEATURE_GROUP, FactSpec, a_type
 from gatekeeper.markdown import code, prose
 from gatekeeper.operators import OPERATORS
 from gatekeeper.rules import RuleSet

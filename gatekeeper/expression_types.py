@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from gatekeeper.expressions import Expression
+from gatekeeper.fact_spec import FactSpec
 from gatekeeper.source import nearest
-
-if TYPE_CHECKING:
-    from gatekeeper.catalogue import FactSpec
 
 Kind: TypeAlias = str
 """`boolean integer number string version arch record`, `list of KIND`, or `any` (the items of an empty list)."""

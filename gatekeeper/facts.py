@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from gatekeeper.catalogue import FEATURE_GROUP, Catalogue
+from gatekeeper.catalogue import Catalogue
 from gatekeeper.errors import FactError
+from gatekeeper.fact_spec import FEATURE_GROUP
 from gatekeeper.source import nearest
 from gatekeeper.values import ABSENT, UNKNOWN, Missing, Reading, Readings, Value, Values
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from gatekeeper.catalogue import FEATURE_GROUP, FactSpec
 from gatekeeper.decision import Decision, LayerDecision
 from gatekeeper.errors import Where
+from gatekeeper.fact_spec import FEATURE_GROUP, FactSpec
 from gatekeeper.rules import Output
 from gatekeeper.source import Document
 from gatekeeper.values import ABSENT, UNKNOWN, Reading, Readings

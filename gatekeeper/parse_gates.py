@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from gatekeeper.catalogue import FactSpec, a_type
 from gatekeeper.conditions import (
     ALWAYS,
     All,
@@ -22,6 +21,7 @@ from gatekeeper.conditions import (
     places,
 )
 from gatekeeper.errors import Fault, Where
+from gatekeeper.fact_spec import FactSpec, a_type
 from gatekeeper.rules import Feature, Gate, Option, Requirement
 from gatekeeper.source import Document, nearest
 from gatekeeper.values import ABSENT, Missing, Value

@@ -7,14 +7,16 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any, TypeVar
 
 from gatekeeper.amendments import GateAmender, amend_shared
-from gatekeeper.catalogue import FEATURE_GROUP, STAGES, a_type, parse_catalogue
+from gatekeeper.catalogue import STAGES
 from gatekeeper.conditions import All, ConditionParser, FactRef, facts_of
 from gatekeeper.content import content_digest
 from gatekeeper.disjoint import overlapping
 from gatekeeper.errors import Fault, RuleError, Where
+from gatekeeper.fact_spec import FEATURE_GROUP, a_type
 from gatekeeper.families import Family
 from gatekeeper.feature_facts import declared_facts, output_spec
 from gatekeeper.formats import Format
+from gatekeeper.parse_catalogue import parse_catalogue
 from gatekeeper.parse_gates import GateParser
 from gatekeeper.rules import Feature, Gate, NamedCondition, Output, Request, Requirement, RuleSet
 from gatekeeper.source import Document, nearest

@@ -27,19 +27,22 @@ def read_facts(
     platform: str | None = None,
     set: Mapping[str, Any] | None = None,  # noqa: A002  # the word of the command line, `--set`
     rules: RuleSet | None = None,
+    keep_faults: bool = False,
 ) -> Facts:
     """Read what is known of loading a checkpoint folder (or a config.json alone).
 
     `platform` is a preset, ``"here"`` to look at this machine, or None: unknown. `set` gives facts that the checkpoint
     does not tell, by name. Flags that are not set are at their defaults, and the engine is this project's own loader
-    unless ``engine.name`` is set. Raises `CheckpointError` and `FactError`.
+    unless ``engine.name`` is set. With `keep_faults`, headers that are faulty but name their tensors are believed, for
+    a loader to report what is wrong with them among all else (`read_index`). Raises `CheckpointError` and `FactError`.
     """
     rules = rules or shipped_rules()
-    return join(open_target(target, rules), runner=runner, platform=platform, settings=set, rules=rules)
+    checkpoint = open_target(target, rules, keep_faults=keep_faults)
+    return join(checkpoint, runner=runner, platform=platform, settings=set, rules=rules)
 
 
-def open_target(target: Path | str, rules: RuleSet) -> CheckpointReading:
-    """Read a checkpoint folder or config.json once, for all its runners."""
+def open_target(target: Path | str, rules: RuleSet, *, keep_faults: bool = False) -> CheckpointReading:
+    """Read a checkpoint folder or config.json once, for all its runners; `keep_faults` is that of `read_facts`."""
     path = Path(target)
     try:
         there = path.exists()
@@ -47,7 +50,8 @@ def open_target(target: Path | str, rules: RuleSet) -> CheckpointReading:
         raise CheckpointError(f"`{target}` can't be read: {error.strerror}; name another path") from None
     if not there:
         raise CheckpointError(f"`{target}`: no such file or folder; expected a checkpoint folder or a config.json")
-    return read_checkpoint(path, rules.catalogue, list(rules.families.values()), list(rules.formats.values()))
+    families, formats = list(rules.families.values()), list(rules.formats.values())
+    return read_checkpoint(path, rules.catalogue, families, formats, keep_faults=keep_faults)
 
 
 def runners_of(checkpoint: CheckpointReading) -> tuple[Runner, ...]:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gatekeeper.catalogue import Catalogue, FactSpec
+from gatekeeper.catalogue import Catalogue
 from gatekeeper.conditions import ALWAYS, Condition, FactRef
 from gatekeeper.errors import Where
+from gatekeeper.fact_spec import FactSpec
 from gatekeeper.families import Family
 from gatekeeper.formats import Format
 from gatekeeper.values import ABSENT, Missing, Value

@@ -67,7 +67,7 @@ class _Skeleton:
         return slots
 
 
-Check = Callable[[MoELayer, LayerPlan], None]
+Check = Callable[[MoELayer, LayerPlan, Checkpoint], None]
 """Called with each layer once it is filled, from a thread of its own; what it raises ends the load."""
 
 
@@ -89,6 +89,7 @@ def build(
     `BuildError` (everything that does not add up), `CheckpointError` (a file that can't be read), `TableError` or what
     `check` raises; after any of them, no memory is left allocated.
     """
+    index.require_sound()
     where = _device(device)
     table = find_table(torch.cuda.get_device_name(where), tables) if where.type == "cuda" else None
     skeletons = [assemble(layer, plan.router, plan.experts, table) for layer in plan.layers]
@@ -100,7 +101,7 @@ def build(
             ThreadPoolExecutor(1, "check") as checker,
             Transfers(checkpoint, where, threads=threads) as transfers,
         ):
-            _fill_all(skeletons, where, checkpoint, transfers, moved, check and _Checks(checker, check))
+            _fill_all(skeletons, where, checkpoint, transfers, moved, check and _Checks(checker, check, checkpoint))
     except BaseException:
         # INVARIANT: a failed build holds no memory, even while its traceback keeps these frames alive.
         for skeleton in skeletons:
@@ -130,12 +131,12 @@ def _brief_waits() -> Iterator[None]:
 class _Checks:
     """Runs a check beside the load and brings its errors back."""
 
-    def __init__(self, pool: ThreadPoolExecutor, check: Check) -> None:
-        self._pool, self._check = pool, check
+    def __init__(self, pool: ThreadPoolExecutor, check: Check, checkpoint: Checkpoint) -> None:
+        self._pool, self._check, self._checkpoint = pool, check, checkpoint
         self._started: list[Future[None]] = []
 
     def start(self, skeleton: _Skeleton) -> None:
-        self._started.append(self._pool.submit(self._check, skeleton.layer, skeleton.plan))
+        self._started.append(self._pool.submit(self._check, skeleton.layer, skeleton.plan, self._checkpoint))
         self.collect([future for future in self._started if future.done()])
 
     def collect(self, futures: Sequence[Future[None]] | None = None) -> None:

@@ -88,7 +88,7 @@ class Target:
 
     def decided(self) -> Iterator[tuple[Facts, Decisions]]:
         """Facts and decisions of each runner, target first."""
-        checkpoint = open_target(self.checkpoint, self.rules)
+        checkpoint = open_target(self.checkpoint, self.rules, keep_faults=True)
         for runner in [self.runner] if self.runner else runners_of(checkpoint):
             facts = join(checkpoint, runner=runner, platform=self.platform, settings=self.settings, rules=self.rules)
             yield facts, decide(self.rules, facts)

@@ -9,9 +9,9 @@ from typing import Literal, TypeAlias
 
 from gatekeeper import GatekeeperError, ranges
 
-Code: TypeAlias = Literal["missing", "doubled", "unexpected", "shape", "dtype", "format", "value"]
+Code: TypeAlias = Literal["missing", "doubled", "unexpected", "shape", "dtype", "format", "value", "header"]
 """How a tensor and its slot can fail to fit; see `PlanFault.code`."""
-ORDER: tuple[Code, ...] = ("missing", "doubled", "shape", "dtype", "format", "value", "unexpected")
+ORDER: tuple[Code, ...] = ("header", "missing", "doubled", "shape", "dtype", "format", "value", "unexpected")
 """Of kinds in a message: what is wrong before what is merely left over."""
 
 
@@ -22,10 +22,12 @@ class PlanFault:
     layer: int
     """Index of the MoE layer: 3; -1 where it is not about one layer."""
     tensor: str
-    """The tensor's name in the checkpoint, present or missing: ``model.layers.3.mlp.gate.weight``."""
+    """The tensor's name in the checkpoint, present or missing: ``model.layers.3.mlp.gate.weight``; of a header, its
+    shard: ``model-00003-of-00064.safetensors``."""
     code: Code
     """``missing`` slot without a tensor; ``doubled`` slot with two; ``unexpected`` tensor without a slot; ``shape`` and
-    ``dtype``: it has a slot but does not fit; ``format``: no format of the loader; ``value``: contents contradict."""
+    ``dtype``: it has a slot but does not fit; ``format``: no format of the loader; ``value``: contents contradict;
+    ``header``: a shard's tensors overlap, leave gaps or are not those of the index."""
     problem: str
     """One line without layer and tensor: ``slot 384 of w13_weight is uint8, the tensor bfloat16``."""
 

@@ -39,11 +39,8 @@ class Prepared:
     family: Family
     index: Index
     plan: Plan
-
-    @property
-    def tensors(self) -> tuple[MoeTensors, ...]:
-        """The tensors of the plan's layers, for verification."""
-        return runner_layers(self.index, self.family, self.facts)
+    tensors: tuple[MoeTensors, ...]
+    """Of the plan's layers, for verification."""
 
 
 def prepare(
@@ -63,16 +60,18 @@ def prepare(
     """
     decisions.require()
     rules = load_rules() if rules is None else rules
-    fresh = read_facts(folder, runner=runner_of(decisions), rules=rules)
+    fresh = read_facts(folder, runner=runner_of(decisions), rules=rules, keep_faults=True)
     require_fresh(decisions, fresh)
-    index = read_index(Path(folder))
+    index = read_index(Path(folder), keep_faults=True)
     if index is None:
         raise CheckpointError(f"`{folder}` has no *.safetensors; the loader needs weights, not a config.json alone")
     family = family_of(rules, fresh, folder)
-    plan = build_plan(index, family, facts or fresh, decisions, rules.formats)
+    facts = facts or fresh
+    tensors = runner_layers(index, family, facts)
+    plan = build_plan(index, family, facts, decisions, rules.formats, tensors)
     if rank is not None:
         plan = plan_of_rank(plan, rank, plan.per_rank.tp_size, plan.per_rank.ep_size)
-    return Prepared(facts=facts or fresh, family=family, index=index, plan=plan)
+    return Prepared(facts=facts, family=family, index=index, plan=plan, tensors=tensors)
 
 
 def load_moe(
@@ -111,9 +110,8 @@ def load_prepared(
     plan, index = prepared.plan, prepared.index
     if not verifies:
         return build(plan, index, device, threads=threads, moved=moved), ()
-    with Verifier(plan, index, prepared.tensors) as verifier:
-        layers = build(plan, index, device, threads=threads, moved=moved, check=verifier)
-        return layers, verifier.verified
+    verifier = Verifier(plan, prepared.tensors)
+    return build(plan, index, device, threads=threads, moved=moved, check=verifier), verifier.verified
 
 
 def runner_of(decisions: Mapping[str, Decision]) -> Runner:

@@ -35,21 +35,24 @@ def build_plan(
     facts: Facts,
     decisions: Mapping[str, Decision],
     formats: Mapping[str, Format] | None = None,
+    tensors: Sequence[MoeTensors] | None = None,
 ) -> Plan:
     """Say where every expert, router and shared tensor of the layers of `facts.runner` goes.
 
     A layer's shared expert fills slots where `shared_experts_fusion` is on in that layer, and stays on its own
-    everywhere else. `formats` are those of a rule set, the shipped one by default. Raises `PlanError` with every tensor
-    and slot that does not work out, `CheckpointError` where config.json has no sizes to plan with or the family is one
-    that this loader can't compute.
+    everywhere else. `formats` are those of a rule set, the shipped one by default; `tensors` are the `runner_layers`,
+    where somebody has found them already. Raises `PlanError` with every tensor
+    and slot that does not work out and the index's own faults, `CheckpointError` where config.json has no sizes to plan
+    with or the family is one that this loader can't compute.
     """
-    tensors = runner_layers(index, family, facts)
+    tensors = runner_layers(index, family, facts) if tensors is None else tensors
     formats = load_rules().formats if formats is None else formats
     _require_supported(family)
     router, experts = router_config(family, facts.values), expert_config(family, facts.values)
     widths = _widths(facts.values)
     _require_plausible(widths, index, tensors)
-    faults = _layer_faults(family, facts, tensors)
+    faults = [PlanFault(layer=-1, tensor=f.shard, code="header", problem=f.problem) for f in index.faults]
+    faults += _layer_faults(family, facts, tensors)
     blocks = _blocks(index, [layer.name for layer in tensors])
     layers: list[LayerPlan] = []
     for layer in tensors:

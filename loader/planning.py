@@ -39,11 +39,11 @@ def plan_target(
     """
     decisions.require()
     rules = load_rules() if rules is None else rules
-    fresh = read_facts(target, runner=runner_of(decisions), rules=rules)
+    fresh = read_facts(target, runner=runner_of(decisions), rules=rules, keep_faults=True)
     require_fresh(decisions, fresh)
     facts, family = facts or fresh, family_of(rules, fresh, target)
     path = Path(target)
-    index = read_index(path) if path.is_dir() else None
+    index = read_index(path, keep_faults=True) if path.is_dir() else None
     source: Literal["headers", "config"] = "headers"
     if index is None:
         index, source = _announced(path, facts, fresh, family, rules), "config"

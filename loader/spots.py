@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from gatekeeper import MoeTensors, TensorInfo
-from loader import raw
-from loader.checkpoint import Checkpoint
 from loader.errors import VerificationError
 from loader.formats import Part
 from loader.moe import Experts, MoELayer
 from loader.plan import LayerPlan, Rank
+from loader.raw import Matrix, Reader
 
 Mlp = Mapping[str, Mapping[str, TensorInfo]]
 """Parts of gate, up and down by suffix."""
@@ -24,18 +23,19 @@ BIAS = "bias"
 
 
 def compare_rows(
-    layer: MoELayer, plan: LayerPlan, rank: Rank | None, tensors: MoeTensors, checkpoint: Checkpoint, seed: int
+    layer: MoELayer, plan: LayerPlan, rank: Rank | None, tensors: MoeTensors, reader: Reader, seed: int
 ) -> int:
     """Compare a random row of each part of each projection of each slot; the number of rows.
 
-    Raises `VerificationError` at the first that differs, naming slot, row and tensor.
+    Of tensors that are saved transposed it is a column of the slot, which is a row of the file. Raises
+    `VerificationError` at the first that differs, naming slot, row and tensor.
     """
     slices, place = (rank.moe_tp_size, rank.moe_tp_rank) if rank else (1, 0)
     first, last = plan.held or (0, plan.n_routed)
     mlps: list[tuple[Mlp, int, int]] = [(_all_of(tensors, expert), place, slices) for expert in range(first, last)]
     if plan.shared == "slot" and tensors.shared:
         mlps += [(tensors.shared, slot * slices + place, plan.n_shared * slices) for slot in range(plan.n_shared)]
-    spots = _Spots(layer, checkpoint, random.Random(seed))
+    spots = _Spots(layer, reader, random.Random(seed))
     rows = spots.compare(layer.experts, mlps)
     if plan.shared == "separate" and tensors.shared and layer.shared is not None:
         slices, place = (rank.tp_size, rank.index) if rank else (1, 0)
@@ -44,52 +44,65 @@ def compare_rows(
 
 
 class _Spots:
-    def __init__(self, layer: MoELayer, checkpoint: Checkpoint, draw: random.Random) -> None:
-        self._layer, self._checkpoint, self._draw = layer, checkpoint, draw
+    def __init__(self, layer: MoELayer, reader: Reader, draw: random.Random) -> None:
+        self._layer, self._reader, self._draw = layer, reader, draw
 
     def compare(self, experts: Experts, mlps: list[tuple[Mlp, int, int]]) -> int:
         """Slot i of `experts` must hold slice `place` of `slices` of MLP i."""
         count = 0
         parts = {part.name: part for part in experts.layout.parts}
-        for name, projection, rows_SC, row, is_up in self._rows(experts):
+        for name, parameter in experts.named_parameters():
             part = parts.get(name.partition("_")[2])
-            for slot, ((mlp, place, slices), found) in enumerate(zip(mlps, _bytes(rows_SC), strict=True)):
-                info = mlp[projection][BIAS if part is None else part.suffix]
-                wanted = self._wanted(info, part, projection, row, place, slices, rows_SC.shape[1])
-                if not torch.equal(found, _bytes(wanted)[0]):
+            suffix = BIAS if part is None else part.suffix
+            projections = ("gate", "up") if name.startswith("w13_") else ("down",)
+            stack_SRC = parameter.detach()
+            stack_SRC = stack_SRC if stack_SRC.dim() == 3 else stack_SRC.unsqueeze(-1)
+            for held_SRC, projection in zip(stack_SRC.chunk(len(projections), 1), projections, strict=True):
+                infos = [mlp[projection][suffix] for mlp, _, _ in mlps]
+                wanted = [
+                    self._slice(info, part, projection, place, slices, held_SRC.shape[1:])
+                    for info, (_, place, slices) in zip(infos, mlps, strict=True)
+                ]
+                slot, line = self._differing(held_SRC, wanted)
+                if slot is not None:
                     raise VerificationError(
                         f"layer {self._layer.index} (`{self._layer.name}`): slot {slot} of {name} does not hold "
-                        f"`{info.name}`: row {row}{' of up' if is_up else ''} differs; the layer was loaded wrongly",
+                        f"`{infos[slot].name}`: {line} of {projection} differs; the layer was loaded wrongly",
                         layer=self._layer.index,
                         figure=math.nan,
                         tolerance=0.0,
                     )
-                count += 1
+                count += len(wanted)
         return count
 
-    def _rows(self, experts: Experts) -> Iterator[tuple[str, str, Tensor, int, bool]]:
-        """Of each stacked parameter and projection the same row of all slots, on the CPU."""
-        for name, parameter in experts.named_parameters():
-            height = parameter.shape[1] // 2 if name.startswith("w13_") else parameter.shape[1]
-            for half, projection in enumerate(("gate", "up") if name.startswith("w13_") else ("down",)):
-                row = self._draw.randrange(height)
-                found = parameter.detach()[:, half * height + row].cpu()
-                yield name, projection, found.reshape(len(found), -1), row, half == 1
-
-    def _wanted(
-        self, info: TensorInfo, part: Part | None, projection: str, row: int, place: int, slices: int, columns: int
-    ) -> Tensor:
-        """The row that a slot must hold; what does not divide along an axis is whole in every slice."""
-        matrix = raw.matrix(self._checkpoint, info)
-        if projection == "down":
-            divides = part is not None and part.columns_per_item is not None
-            start = matrix.shape[1] * place // slices if divides else 0
-            matrix = matrix[row : row + 1, start : start + columns]
+    def _differing(self, held_SRC: Tensor, wanted: Sequence[Matrix]) -> tuple[int | None, str]:
+        """The first slot whose numbers differ in one row, or column, of them all; and which that is."""
+        _, height, width = held_SRC.shape
+        if wanted[0].is_by_rows:
+            line = self._draw.randrange(height)
+            found, rows, columns = held_SRC[:, line], (line, line + 1), (0, width)
         else:
-            divides = part is None or part.rows_per_item is not None
-            row += matrix.shape[0] * place // slices if divides else 0
-            matrix = matrix[row : row + 1]
-        return raw.read(self._checkpoint, info, matrix)
+            line = self._draw.randrange(width)
+            found, rows, columns = held_SRC[..., line], (0, height), (line, line + 1)
+        # One copy from the device and one comparison for all slots.
+        found, expected = _bytes(found), _bytes(self._reader.read([each.cut(rows, columns) for each in wanted]))
+        if torch.equal(found, expected):
+            return None, ""
+        slot = int((found != expected).any(1).nonzero()[0])
+        return slot, f"{'row' if wanted[0].is_by_rows else 'column'} {line}"
+
+    def _slice(
+        self, info: TensorInfo, part: Part | None, projection: str, place: int, slices: int, shape: Sequence[int]
+    ) -> Matrix:
+        """What a slot must hold; what does not divide along an axis is whole in every slice."""
+        matrix, (height, width) = self._reader.matrix(info), shape
+        top = left = 0
+        if projection == "down":
+            if part is not None and part.columns_per_item is not None:
+                left = matrix.width * place // slices
+        elif part is None or part.rows_per_item is not None:
+            top = matrix.height * place // slices
+        return matrix.cut((top, top + height), (left, left + width))
 
 
 def _all_of(tensors: MoeTensors, expert: int) -> Mlp:
@@ -101,5 +114,5 @@ def _all_of(tensors: MoeTensors, expert: int) -> Mlp:
     }
 
 
-def _bytes(rows: Tensor) -> Tensor:
-    return rows.contiguous().view(torch.uint8)
+def _bytes(rows_SN: Tensor) -> Tensor:
+    return rows_SN.cpu().contiguous().flatten(1).view(torch.uint8)

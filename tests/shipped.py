@@ -8,10 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gatekeeper.catalogue import Catalogue, parse_catalogue
+from gatekeeper.catalogue import Catalogue
 from gatekeeper.errors import Fault, RuleError
 from gatekeeper.families import Family
 from gatekeeper.formats import Format
+from gatekeeper.parse_catalogue import parse_catalogue
 from gatekeeper.providers import CheckpointReading, read_checkpoint
 from gatekeeper.source import Document, check_schema, read_yaml
 from gatekeeper.values import Missing, Reading, Value

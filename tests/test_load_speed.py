@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import structlog
 from torch import Tensor
 
-from benchmarks import load_speed
+from benchmarks import load_speed, verify_cost
 from benchmarks.load_checkpoint import Shape, checkpoint
 from benchmarks.load_contenders import RANK, contender, least, ours, plain_read, prepared
 from loader.checkpoint import bytes_of
@@ -110,6 +111,18 @@ def test_the_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     document = json.loads(out.read_text())
     assert set(document["shapes"]) == {"int4", "bf16"}
     assert set(document["shapes"]["bf16"]["cold"]) == {"least", "fused"}
+
+
+def test_what_verification_adds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in verify_cost.KEEPS_MEMORY.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(structlog, "configure", lambda **_: None)
+    monkeypatch.setattr(verify_cost, "SHAPES", {"int4": TINY[0]})
+    monkeypatch.setattr(sys, "argv", ["verify_cost.py", str(tmp_path), "--pairs", "2"])
+    verify_cost.main()
+    assert capsys.readouterr().out.count("verification adds") == 2
 
 
 def test_help() -> None:

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gatekeeper import RuleSet, conditions, decide, from_record, load_rules
-from gatekeeper.catalogue import FactSpec
 from gatekeeper.conditions import All, FactRef
+from gatekeeper.fact_spec import FactSpec
 from gatekeeper.log import quiet
 from gatekeeper.values import plain
 from tests.promise import assert_kept

@@ -8,8 +8,9 @@ from typing import Any
 
 from gatekeeper.analysis.changes import Again, Found, Move, Search
 from gatekeeper.analysis.provenance import Scope
-from gatekeeper.catalogue import STAGES, FactSpec
+from gatekeeper.catalogue import STAGES
 from gatekeeper.decision import Decision
+from gatekeeper.fact_spec import FactSpec
 from gatekeeper.facts import Facts
 from gatekeeper.providers.flags import SETTABLE_GROUPS
 from gatekeeper.providers.platform import read_platform

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from gatekeeper.analysis.samples import TooManyError, is_whole, samples
-from gatekeeper.catalogue import FEATURE_GROUP, Catalogue, FactSpec
+from gatekeeper.catalogue import Catalogue
 from gatekeeper.closures import Closure
 from gatekeeper.compile import compile_condition
 from gatekeeper.conditions import All, Any_, Condition, FactRef, ItemTests, Layers, Not, Test
+from gatekeeper.fact_spec import FEATURE_GROUP, FactSpec
 from gatekeeper.operators import NEGATED
 from gatekeeper.values import ABSENT, Arch, Truth
 

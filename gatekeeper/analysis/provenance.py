@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gatekeeper.catalogue import FEATURE_GROUP, FactSpec
 from gatekeeper.decision import Decision, ranges
+from gatekeeper.fact_spec import FEATURE_GROUP, FactSpec
 from gatekeeper.facts import Facts
 from gatekeeper.values import ABSENT, UNKNOWN, Missing, Reading, Readings, plain
 

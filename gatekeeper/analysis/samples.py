@@ -7,8 +7,8 @@ from itertools import combinations, pairwise
 from math import ceil, floor, lcm
 from typing import Any
 
-from gatekeeper.catalogue import FactSpec
 from gatekeeper.conditions import FactRef, Test
+from gatekeeper.fact_spec import FactSpec
 from gatekeeper.values import ABSENT, Arch, Missing, Version
 
 MAX_LISTED = 256

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from gatekeeper.catalogue import FAMILY_FACT, FEATURE_GROUP, FactSpec
 from gatekeeper.cli.options import facts_of_targets, json_option, print_json, rules_of, target_options
 from gatekeeper.decision import ranges
 from gatekeeper.errors import one_line
+from gatekeeper.fact_spec import FAMILY_FACT, FEATURE_GROUP, FactSpec
 from gatekeeper.facts import Facts, Runner
 from gatekeeper.rules import RuleSet
 from gatekeeper.values import ABSENT, UNKNOWN, Missing, Reading, plain, shown

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from gatekeeper.analysis.prose import listed, value_in_words
-from gatekeeper.catalogue import FAMILY_FACT, FactSpec
 from gatekeeper.conditions import Test
 from gatekeeper.disjoint import disjoint
 from gatekeeper.docs.site import Site
 from gatekeeper.errors import Where
+from gatekeeper.fact_spec import FAMILY_FACT, FactSpec
 from gatekeeper.markdown import code, prose, table
 from gatekeeper.values import Missing
 

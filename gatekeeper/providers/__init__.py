@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gatekeeper.catalogue import Catalogue
 from gatekeeper.checkpoint import Index, read_index
+from gatekeeper.errors import FactError
 from gatekeeper.families import Family
 from gatekeeper.formats import Format
 from gatekeeper.providers.config import load_config, read_config
@@ -31,15 +32,27 @@ class CheckpointReading:
 
 
 def read_checkpoint(
-    target: Path, catalogue: Catalogue, families: Sequence[Family], formats: Sequence[Format]
+    target: Path,
+    catalogue: Catalogue,
+    families: Sequence[Family],
+    formats: Sequence[Format],
+    *,
+    keep_faults: bool = False,
 ) -> CheckpointReading:
-    """Read a folder (config.json, safetensors headers) or a config.json; raises `CheckpointError` and `FactError`."""
+    """Read a folder (config.json, safetensors headers) or a config.json; raises `CheckpointError` and `FactError`.
+
+    `keep_faults` is that of `read_index`.
+    """
     config = load_config(target)
     model, family = read_config(config, catalogue, families)
     readings = {**model, **read_quantization(config, catalogue)}
-    index = read_index(target) if Path(target).is_dir() else None
+    index = read_index(target, keep_faults=keep_faults) if Path(target).is_dir() else None
     if index is None:
         layers, note = read_layers(config, readings, catalogue, family, formats)
     else:
-        layers, note = read_headers(index, config, readings, catalogue, family, formats)
+        try:
+            layers, note = read_headers(index, config, readings, catalogue, family, formats)
+        except FactError as error:
+            index.require_sound(str(error))
+            raise
     return CheckpointReading(readings=readings, layers=layers, layers_note=note, family=family, index=index)

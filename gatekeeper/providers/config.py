@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gatekeeper.catalogue import Catalogue, FactSpec
+from gatekeeper.catalogue import Catalogue
 from gatekeeper.errors import CheckpointError, FactError, one_line
+from gatekeeper.fact_spec import FactSpec
 from gatekeeper.families import Family, select_family
 from gatekeeper.files import Unreadable, inside, read_whole, require_unicode
 from gatekeeper.values import ABSENT, UNKNOWN, Reading, Readings, Values

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gatekeeper.catalogue import CHECKPOINT_GROUPS, Catalogue
+from gatekeeper.catalogue import Catalogue
 from gatekeeper.errors import FactError, RuleError
+from gatekeeper.fact_spec import CHECKPOINT_GROUPS
 from gatekeeper.source import nearest, parse_scalar
 from gatekeeper.values import ABSENT, Reading, Readings
 

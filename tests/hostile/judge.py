@@ -19,14 +19,16 @@ from gatekeeper.load import shipped_rules
 
 MEGABYTE = 1 << 20
 MOST_MEGABYTES = 200
+MOST_WITH_TORCH = 1000
+"""Where all tensors are known the loader plans, to say at once what else is wrong: torch itself counts then."""
 MOST_CPU_SECONDS = 20
 """Against hanging only; machines differ."""
 MOST_WAIT_SECONDS = 120
 
 
-def limit() -> None:
+def limit(megabytes: int) -> None:
     """Let this process end where it takes too much: memory of its own, processor time, or time spent waiting."""
-    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEGABYTES * MEGABYTE,) * 2)
+    resource.setrlimit(resource.RLIMIT_DATA, (megabytes * MEGABYTE,) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (MOST_CPU_SECONDS,) * 2)
     signal.alarm(MOST_WAIT_SECONDS)
 
@@ -53,7 +55,8 @@ def run(arguments: list[str]) -> None:
     """Be the command, and nothing after it."""
     code: Any = 70
     try:
-        limit()
+        loads = {"moe-loader", "loader"} & {*arguments[:3]}
+        limit(MOST_WITH_TORCH if loads else MOST_MEGABYTES)
         program, *rest = arguments
         if program == "python":
             os.execv(sys.executable, [sys.executable, *rest])

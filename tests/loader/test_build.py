@@ -194,10 +194,15 @@ def test_a_file_cut_short_while_loading(copied: Callable[..., Path], monkeypatch
 def test_a_check_looks_at_each_layer_once_it_is_filled_and_its_error_ends_the_load(made: Callable[..., Path]) -> None:
     plan, index = planned(made(**SMALL))
     seen = []
-    build(plan, index, check=lambda layer, planned: seen.append((layer.index, planned.index, layer(torch.ones(1, 64)))))
-    assert [one[:2] for one in seen] == [(1, 1), (2, 2)] and all(bool(y.isfinite().all()) for _, _, y in seen)
 
-    def refuse(layer: MoELayer, planned: LayerPlan) -> None:
+    def look(layer: MoELayer, planned: LayerPlan, checkpoint: Checkpoint) -> None:
+        assert checkpoint.index is index and layer(torch.ones(1, 64)).isfinite().all()
+        seen.append((layer.index, planned.index))
+
+    build(plan, index, check=look)
+    assert seen == [(1, 1), (2, 2)]
+
+    def refuse(layer: MoELayer, planned: LayerPlan, checkpoint: Checkpoint) -> None:
         raise ValueError(layer.index)
 
     with pytest.raises(ValueError, match="1"):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loader.formats.mxfp4 import join_blocks
 from loader.packing import PACKERS
-from loader.verify import raw_numbers
+from loader.raw_numbers import raw_numbers
 from tests.loader.test_formats import dequantize, layout, random_bytes, same
 
 pytestmark = pytest.mark.conformance

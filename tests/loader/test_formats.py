@@ -20,7 +20,7 @@ from loader.formats import FORMATS, Layout, StraddleError, dequantize_stacked, l
 from loader.formats.fp8_block import BLOCK
 from loader.formats.mxfp4 import join_blocks
 from loader.packing import PACKERS
-from loader.verify import raw_numbers
+from loader.raw_numbers import raw_numbers
 from tests.loader.fakes import WORDS, shipped, tensor
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from gatekeeper import CheckpointError, TensorInfo, read_index
-from loader import PlanError, build_plan
-from tests.loader.fakes import decided, facts_of, family, index_of, layout, tensor
+from gatekeeper import CheckpointError, TensorInfo, decide, read_facts, read_index
+from loader import PlanError, build, build_plan, load_moe
+from loader.planning import plan_target
+from tests.loader.fakes import decided, facts_of, family, index_of, layout, shipped, tensor
+from tests.loader.surgery import delete, rewrite
 from tests.tiny import header_of, shard_bytes, write_index, write_shards
 
 Tensors = dict[str, TensorInfo]
@@ -117,3 +119,40 @@ def test_an_error_shows_some_and_holds_all(tmp_path: Path) -> None:
         read_index(tmp_path)
     assert len(caught.value.faults) == 200
     assert len(str(caught.value).splitlines()) == 22 and str(caught.value).endswith("and 180 more")
+
+
+def test_headers_and_plan_are_one_error(copied: Callable[..., Path]) -> None:
+    folder = copied(family="deepseek_v3", format_name="bf16", experts=16)
+    up, down = (EXPERT.format(1, 2, projection, "weight") for projection in ("up", "down"))
+    rewrite(folder, lambda tensors: tensors.update({up: tensors[up][:-1], down: tensors.pop(down).half()}))
+    delete(folder, EXPERT.format(2, 0, "gate", "weight"))
+    (shard,) = folder.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes() + b"more")
+    words = "4 bytes after tensor `.*` belong to nothing"
+    for reads in (read_facts, read_index):
+        with pytest.raises(CheckpointError, match=words):
+            reads(folder)
+    decisions = decide(shipped(), read_facts(folder, keep_faults=True))
+    for loads in (plan_target, load_moe):
+        with pytest.raises(PlanError, match=rf"header: {words} .*: `{shard.name}`") as caught:
+            loads(folder, decisions)
+        assert caught.value.codes == {"header", "shape", "dtype", "missing"}
+    index = read_index(folder, keep_faults=True)
+    assert index is not None and [fault.shard for fault in index.faults] == [shard.name]
+    with pytest.raises(CheckpointError, match=words):
+        build(build_plan(index_of(layout("bf16", "bf16")), family(), facts_of(), decided([])), index)
+
+
+def test_offsets_that_overlap_are_kept_and_claims_beyond_the_file_are_not(tmp_path: Path) -> None:
+    """What is planned is in proportion to the file."""
+    header, size = header_of({"one": ("F32", (2,)), "two": ("F32", (2,)), "three": ("F32", (2,))})
+    header["two"]["data_offsets"] = [4, 12]
+    (tmp_path / "model.safetensors").write_bytes(shard_bytes(header, size))
+    index = read_index(tmp_path, keep_faults=True)
+    assert index is not None and set(index.tensors) == {"one", "two", "three"}
+    assert index.faults[0].problem == "tensor `two` overlaps tensor `one`"
+    header["three"] |= {"shape": [1 << 40], "data_offsets": [16, 16 + (4 << 40)]}
+    (tmp_path / "model.safetensors").write_bytes(shard_bytes(header, size))
+    with pytest.raises(CheckpointError, match="is truncated") as caught:
+        read_index(tmp_path, keep_faults=True)
+    assert any("`two` overlaps tensor `one`" in fault for fault in caught.value.faults)

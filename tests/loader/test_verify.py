@@ -26,6 +26,7 @@ from loader import (
 from loader.checkpoint import Checkpoint
 from loader.planner import runner_layers
 from loader.rank import plan_of_rank
+from loader.raw import Reader
 from loader.spots import compare_rows
 from loader.verify import relative_error, tolerance
 from tests.loader.fakes import shipped
@@ -199,7 +200,9 @@ def test_a_slot_that_no_token_chose_is_found_by_its_row(wide: tuple[Path, Plan, 
                 pytest.raises(VerificationError, match=rf"slot {slot} of w2_weight does not hold `.*down_proj.weight`"),
                 Checkpoint(index) as checkpoint,
             ):
-                compare_rows(spoiled[0], plan.layers[0], None, runner_layers(index, family, facts)[0], checkpoint, 0)
+                compare_rows(
+                    spoiled[0], plan.layers[0], None, runner_layers(index, family, facts)[0], Reader(checkpoint), 0
+                )
             spoiled[0].experts.w2_weight[slot] = before
 
 
@@ -208,20 +211,19 @@ def test_layers_are_verified_while_loading_and_a_bad_one_leaves_nothing(made: Ca
     plan, index = planned(folder, on=True)
     facts = read_facts(folder)
     family = shipped().families[str(facts.values["model.family"])]
-    with Verifier(plan, index, runner_layers(index, family, facts)) as verifier:
-        build(plan, index, check=verifier)
-        assert [one.index for one in verifier.verified] == [1, 2]
+    verifier = Verifier(plan, runner_layers(index, family, facts))
+    build(plan, index, check=verifier)
+    assert [one.index for one in verifier.verified] == [1, 2]
 
     seen: list[MoELayer] = []
 
-    def spoiling(layer: MoELayer, layer_plan: LayerPlan) -> None:
+    def spoiling(layer: MoELayer, layer_plan: LayerPlan, checkpoint: Checkpoint) -> None:
         seen.append(layer)
         if layer.index == 2:
             layer.experts.w13_weight.zero_()
-        verifier(layer, layer_plan)
+        verifier(layer, layer_plan, checkpoint)
 
-    verifier = Verifier(plan, index, runner_layers(index, family, facts))
-    with verifier, pytest.raises(VerificationError, match="layer 2 "):
+    with pytest.raises(VerificationError, match="layer 2 "):
         build(plan, index, check=spoiling)
     assert sum(p.untyped_storage().nbytes() for layer in seen for p in layer.parameters()) == 0
 

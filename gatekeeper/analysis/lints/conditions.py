@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from gatekeeper.analysis.lints.finding import Finding, demands, gate_waivers, gates, place
-from gatekeeper.catalogue import FAMILY_FACT, FEATURE_GROUP, Catalogue, FactSpec
+from gatekeeper.catalogue import Catalogue
 from gatekeeper.conditions import All, Any_, Condition, FactRef, ItemTests, Layers, Not, Test, facts_of, tests_of
 from gatekeeper.errors import Where
+from gatekeeper.fact_spec import FAMILY_FACT, FEATURE_GROUP, FactSpec
 from gatekeeper.rules import NamedCondition, RuleSet
 from gatekeeper.source import nearest
 from gatekeeper.values import Value, shown

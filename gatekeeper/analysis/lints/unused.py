@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from gatekeeper.analysis.cases import can_hold
 from gatekeeper.analysis.lints.finding import Finding, gates
-from gatekeeper.catalogue import FEATURE_GROUP, FactSpec
 from gatekeeper.conditions import All, Condition, FactRef, Test, facts_of, places
+from gatekeeper.fact_spec import FEATURE_GROUP, FactSpec
 from gatekeeper.families import Family
 from gatekeeper.rules import Gate, RuleSet
 
