@@ -23,6 +23,7 @@ from gatekeeper import (
     open_target,
     runners_of,
 )
+from loader.bench.cli import bench_command, tune_command
 
 if TYPE_CHECKING:
     from loader.plan import Plan
@@ -299,6 +300,10 @@ def demo_command(context: click.Context, out: Path | None) -> None:
 
     _set_up_logging(quiet=True)
     context.exit(run(out))
+
+
+group.add_command(bench_command)
+group.add_command(tune_command)
 
 
 def main() -> None:

@@ -314,7 +314,10 @@ def down(
         accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for step in range(tl.cdiv(F, BLOCK_C)):
             begin = step * BLOCK_C
-            h_MC = _hidden(hidden, place_M, here_M, begin, P, F, SPLITS, LIMIT, ALPHA, UP_OFFSET, EVEN, BLOCK_C, DTYPE)
+            c = begin + tl.arange(0, BLOCK_C)
+            mask = here_M[:, None] if EVEN else here_M[:, None] & (c[None, :] < F)
+            place = place_M[:, None].to(tl.int64)
+            h_MC = _hidden(hidden, place, c[None, :], mask, P, F, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
             accumulator = _add_product(
                 accumulator,
                 h_MC,

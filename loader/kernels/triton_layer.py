@@ -14,17 +14,9 @@ from torch import Tensor
 from loader.kernels.base import ExpertWeights
 from loader.kernels.configs import Config, Shape, Tiles, default
 from loader.kernels.triton_experts import INTERPRETED, combine, down, down_by_token, gate_up
+from loader.kernels.triton_formats import KINDS
 from loader.kernels.triton_schedule import cut_blocks, schedule_small, sort_pairs
 
-FORMATS: Mapping[str, str] = {
-    "bf16": "plain",
-    "fp16": "plain",
-    "fp32": "plain",
-    "fp8_block": "fp8_block",
-    "int4_g32": "int4_g32",
-    "mxfp4": "mxfp4",
-}
-"""What the kernels compute in, by the format of the checkpoint."""
 SMALL = 256
 """Pairs up to which one program makes the whole schedule."""
 MOST_WORK = 2**31 - 1
@@ -46,9 +38,9 @@ class TritonExperts:
     def __init__(self, weights: ExpertWeights, *, launch: Launch = launch, assembly: bool | None = None) -> None:
         """`assembly`: whether helpers in NVIDIA's assembly may be used; None: where the inputs are on such a device."""
         config, layout = weights.config, weights.layout
-        kind = FORMATS.get(layout.name)
+        kind = KINDS.get(layout.name)
         if kind is None:
-            raise ValueError(f"the Triton kernels have no `{layout.name}`; there are {', '.join(FORMATS)}")
+            raise ValueError(f"the Triton kernels have no `{layout.name}`; there are {', '.join(KINDS)}")
         if config.hidden_act != "silu" or config.weighed != "output":
             raise ValueError(
                 f"the Triton kernels compute silu, weighed at the output, not `{config.hidden_act}` weighed at the "

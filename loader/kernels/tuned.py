@@ -27,6 +27,8 @@ class Measured:
     microseconds: float
     """Of the experts alone, in a CUDA graph, median."""
     config: Config
+    apart_microseconds: float | None = None
+    """With the shared slots computed on their own before; None where it was not measured."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,8 +41,6 @@ class Table:
     """Of torch and triton, when it was measured."""
     configs: dict[Shape, dict[int, Measured]] = field(default_factory=dict)
     """By shape and number of tokens."""
-    fused_up_to: dict[Shape, int] = field(default_factory=dict)
-    """By the shape of the fused stack: tokens up to which shared slots among the routed ones are the faster way."""
     path: Path | None = None
     """Where it was read from."""
 
@@ -57,6 +57,19 @@ class Table:
             return measured[larger[0]].config if larger else None
         return found
 
+    def dense_shared_from(self, shape: Shape) -> int | None:
+        """Tokens from which on shared slots are faster on their own: of those measured, and at all larger ones.
+
+        0 where they never were; None where nothing was compared.
+        """
+        compared = [one for _, one in sorted(self.configs.get(shape, {}).items()) if one.apart_microseconds is not None]
+        first = 0
+        for one in reversed(compared):
+            if (one.apart_microseconds or 0.0) >= one.microseconds:
+                break
+            first = one.tokens
+        return first if compared else None
+
     def save(self, path: Path) -> None:
         """Write the table; a reader sees the old one or the new one, never a part."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +82,7 @@ class Table:
 
     def as_json(self) -> dict[str, Any]:
         """What `read_table` reads."""
-        shapes = sorted(self.configs.keys() | self.fused_up_to.keys(), key=lambda s: tuple(asdict(s).values()))
+        shapes = sorted(self.configs, key=lambda shape: tuple(asdict(shape).values()))
         return {
             "version": VERSION,
             "device": self.device,
@@ -77,8 +90,7 @@ class Table:
             "shapes": [
                 {
                     **asdict(shape),
-                    "fused_up_to": self.fused_up_to.get(shape),
-                    "configs": [asdict(one) for _, one in sorted(self.configs.get(shape, {}).items())],
+                    "configs": [asdict(one) for _, one in sorted(self.configs[shape].items())],
                 }
                 for shape in shapes
             ],
@@ -120,8 +132,6 @@ def read_table(path: Path, device: str | None = None) -> Table:
     table = Table(device=raw["device"], versions=raw["versions"], path=path)
     for each in raw["shapes"]:
         shape = Shape(**{f.name: each[f.name] for f in fields(Shape)})
-        if each["fused_up_to"] is not None:
-            table.fused_up_to[shape] = each["fused_up_to"]
         for one in each["configs"]:
             tiles = {name: Tiles(**one["config"][name]) for name in ("gate_up", "down")}
             measured = Measured(**{**one, "config": Config(**{**one["config"], **tiles})})

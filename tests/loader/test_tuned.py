@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ TILES = Tiles(block_n=32, block_c=256, warps=4, stages=3, group=2)
 
 
 def table(*tokens: int, by_token: bool = False) -> Table:
-    made = Table(device="NVIDIA H200", versions={"triton": "3.6.0"}, fused_up_to={SHAPE: 64})
+    made = Table(device="NVIDIA H200", versions={"triton": "3.6.0"})
     for count in tokens:
         config = Config(block_m=16, gate_up=TILES, down=TILES, splits=count, by_token=by_token and count <= 4)
         made.configs.setdefault(SHAPE, {})[count] = Measured(tokens=count, microseconds=1.5 * count, config=config)
@@ -33,12 +34,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert path.name == "nvidia_h200.json"
     assert list(path.parent.iterdir()) == [path]
     read = read_table(path, "NVIDIA H200")
-    assert (read.device, read.versions, read.configs, read.fused_up_to) == (
-        written.device,
-        written.versions,
-        written.configs,
-        written.fused_up_to,
-    )
+    assert (read.device, read.versions, read.configs) == (written.device, written.versions, written.configs)
     assert find_table("NVIDIA H200", path.parent) is not None
     assert find_table("NVIDIA H100 80GB HBM3", path.parent) is None
 
@@ -64,6 +60,25 @@ def test_token_by_token_is_not_stretched_to_more_tokens_than_were_timed() -> Non
     assert with_larger is not None
     assert not with_larger.by_token
     assert table(1, 4, by_token=True).config(SHAPE, 5) is None
+
+
+@pytest.mark.parametrize(
+    ("apart", "expected"),
+    [
+        ({}, None),
+        ({1: 2.0, 16: 30.0, 256: 500.0}, 0),
+        ({1: 2.0, 16: 30.0, 256: 300.0}, 256),
+        ({1: 2.0, 16: 20.0, 256: 300.0}, 16),
+        ({1: 1.0, 16: 30.0, 256: 300.0}, 256),  # a lucky time among small ones decides nothing
+        ({1: 1.0, 16: 20.0, 256: 300.0}, 1),
+        ({16: 20.0}, 16),
+    ],
+)
+def test_where_shared_slots_are_better_on_their_own(apart: dict[int, float], expected: int | None) -> None:
+    made = table(1, 16, 256)  # 1.5, 24 and 384 us
+    for tokens, time in apart.items():
+        made.configs[SHAPE][tokens] = replace(made.configs[SHAPE][tokens], apart_microseconds=time)
+    assert made.dense_shared_from(SHAPE) == expected
 
 
 def test_a_table_that_can_not_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,173 @@
+"""`moe-loader bench` and `moe-loader tune`: what the kernels take on this machine's GPU, and with which settings."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from loader.bench.problem import Model
+    from loader.kernels.tuned import Table
+
+F = TypeVar("F", bound=Callable[..., Any])
+TOKENS = "1,4,16,64,256,1024,4096,8192"
+INCOMPLETE = 3
+
+
+def layer_options(command: F) -> F:
+    """Add the options that say which layer."""
+    for option in (
+        click.option(
+            "--tables",
+            type=click.Path(path_type=Path, file_okay=False),
+            metavar="DIR",
+            help="Folder of measured settings; default: the shipped ones.",
+        ),
+        click.option("--tokens", default=TOKENS, show_default=True, metavar="N,N,…", help="Tokens of a call."),
+        click.option(
+            "--format",
+            "formats",
+            default="bf16",
+            show_default=True,
+            metavar="NAME,…",
+            help="Storage of the experts: bf16, fp8_block, int4_g32, mxfp4.",
+        ),
+        click.option("--tp", "tp_size", default=1, show_default=True, help="Ranks that share each expert's width."),
+        click.option("--shape", required=True, metavar="NAME", help="kimi-k2.5, deepseek-v3, glm-4.5, qwen3-30b-a3b."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("bench", short_help="Time a layer beside the hardware's floor and other kernels.")
+@layer_options
+@click.option("--peers", default="", metavar="NAME,…", help="torch-grouped_mm, transformers, sglang-triton, marlin, …")
+@click.option(
+    "--peers-dir",
+    default=Path(".peers"),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="What benchmarks/peers/fetch.py made.",
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures to this file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw them, log by log (needs matplotlib).")
+def bench_command(
+    shape: str,
+    tp_size: int,
+    formats: str,
+    tokens: str,
+    tables: Path | None,
+    peers: str,
+    peers_dir: Path,
+    json_file: Path | None,
+    plot: Path | None,
+) -> None:
+    """Time experts of one layer, routing given, in a CUDA graph; every output is compared with the reference first.
+
+    The floor is the longer of one pass over the touched weights, by a kernel that only reads, and the arithmetic at
+    this device's measured rate.
+    """
+    counts, models = _numbers(tokens), _models(shape, formats, tp_size)
+    _require_gpu()
+    from loader.bench.peers import peers_of
+    from loader.bench.report import Report, draw
+    from loader.bench.run import points
+    from loader.bench.timing import ceilings
+
+    chosen = peers_of(_names(peers), peers_dir)
+    limits, table = ceilings(), _table(tables)
+    report = Report.started(limits, " ".join(["moe-loader", *sys.argv[1:]]))
+    click.echo(report.heading())
+    for point in points(models, counts, limits=limits, table=table, peers=chosen):
+        report.points.append(point)
+        click.echo(report.line(point))
+        if json_file is not None:  # after each, so that a run that is cut short has what it measured
+            report.save(json_file)
+    for line in report.notes():
+        click.echo(line)
+    if plot is not None:
+        draw(report, plot)
+
+
+@click.command("tune", short_help="Find the kernels' settings for this machine's GPU.")
+@layer_options
+@click.option("--most", default=24, show_default=True, help="Settings tried in each round of a search.")
+@click.option("--seconds", type=float, help="Stop after so long; what was found is kept, and the next run goes on.")
+@click.pass_context
+def tune_command(
+    context: click.Context,
+    shape: str,
+    tp_size: int,
+    formats: str,
+    tokens: str,
+    tables: Path | None,
+    most: int,
+    seconds: float | None,
+) -> None:
+    """Time settings and keep the best in DIR, one file a device; what is there already is not measured again.
+
+    Exit 3 where --seconds ended the search before it was done.
+    """
+    counts, models = _numbers(tokens), _models(shape, formats, tp_size)
+    _require_gpu()
+    from loader.bench.tuning import tune
+    from loader.kernels.tuned import SHIPPED
+
+    until = None if seconds is None else time.monotonic() + seconds
+    complete = tune(models, counts, folder=tables or SHIPPED, most=most, until=until, say=click.echo)
+    context.exit(0 if complete else INCOMPLETE)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(name) for name in _names(text)]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise click.UsageError(f"--tokens takes positive numbers such as 1,16,256; not `{text}`")
+    return numbers
+
+
+def _models(shape: str, formats: str, tp_size: int) -> list[Model]:
+    from loader.bench.problem import Model
+    from loader.kernels.triton_formats import KINDS
+
+    models = []
+    for name in _names(formats):
+        if name not in KINDS:
+            raise click.UsageError(f"--format: the Triton kernels have no `{name}`; there are {', '.join(KINDS)}")
+        try:
+            models.append(Model.of(shape, name, tp_size))
+        except ValueError as error:
+            raise click.UsageError(f"--shape, --tp: {error}") from None
+    if not models:
+        raise click.UsageError("--format takes at least one name")
+    return models
+
+
+def _require_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise click.ClickException("there is no GPU here; kernels are timed where they run")
+    try:
+        import triton  # noqa: F401  # only whether it is there
+    except ImportError:
+        raise click.ClickException("Triton is not installed here; `pip install triton==3.6.0`") from None
+
+
+def _table(folder: Path | None) -> Table | None:
+    import torch
+
+    from loader.kernels.tuned import find_table
+
+    return find_table(torch.cuda.get_device_name(), folder)

@@ -1,0 +1,32 @@
+"""Our kernels as the bench calls them: the fused layout, and routed slots with the shared ones on their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from loader.bench.problem import Problem
+from loader.kernels.configs import Config
+from loader.kernels.triton_layer import Launch, TritonExperts, launch
+
+
+def call(problem: Problem, config: Config, *, launch: Launch = launch) -> Callable[[], Tensor]:
+    """All slots as one stack."""
+    experts = TritonExperts(problem.experts, launch=launch)
+    return lambda: experts(problem.x_TD, problem.topk_weights_TK, problem.topk_ids_TK, config=config)
+
+
+def split_call(problem: Problem, routed: Config, shared: Config, *, launch: Launch = launch) -> Callable[[], Tensor]:
+    """The routed slots, added to the shared ones that were computed before by the same kernels."""
+    experts, k = TritonExperts(problem.experts, launch=launch), problem.model.top_k
+    weights, ids = problem.topk_weights_TK, problem.topk_ids_TK
+    of_routed, of_shared = (
+        (weights[:, columns].contiguous(), ids[:, columns].contiguous()) for columns in (slice(k), slice(k, None))
+    )
+
+    def run() -> Tensor:
+        base_TD = experts(problem.x_TD, *of_shared, config=shared)
+        return experts(problem.x_TD, *of_routed, config=routed, base_TD=base_TD)
+
+    return run

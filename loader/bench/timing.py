@@ -1,0 +1,113 @@
+"""How long calls take on the device, and what the device can do at all."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+REPLAYS = 9
+GRAPH_MILLISECONDS = 1.0
+"""What one replay should last at least, so that starting it costs nothing."""
+MOST_REPEATS = 16
+
+
+def microseconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> float:
+    """Of one call: all of `calls` in one CUDA graph, the median of its replays.
+
+    Give calls on so much memory that the cache does not hold it from one replay to the next.
+    """
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    once = _elapsed(lambda: [call() for call in calls])
+    repeats = max(1, min(MOST_REPEATS, int(GRAPH_MILLISECONDS / max(once, 1e-3))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            for call in calls:
+                call()
+    graph.replay()
+    torch.cuda.synchronize()
+    times = [_elapsed(graph.replay) for _ in range(replays)]
+    return statistics.median(times) / (repeats * len(calls)) * 1e3
+
+
+def _elapsed(call: Callable[[], object]) -> float:
+    """Milliseconds by the device's clock."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceilings:
+    """What this device reached in this run, which is what floors are counted from."""
+
+    copy_bytes_per_second: float
+    """Read plus written, by torch's copy of 2 GiB."""
+    bf16_flops: float
+    """Of a product of two 8192 x 8192 matrices of random numbers."""
+    fp8_flops: float
+    """The same of E4M3 numbers; twice the rate of bf16 where torch has no such product here."""
+
+
+def ceilings() -> Ceilings:
+    """Measure them; half a second."""
+    copy = _copy_milliseconds()
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda").bfloat16() for _ in range(2))
+    bf16 = _median(lambda: a @ b)
+    try:
+        q, r = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+        one = torch.ones((), device="cuda")
+        fp8 = _median(lambda: torch._scaled_mm(q, r, scale_a=one, scale_b=one, out_dtype=torch.bfloat16))
+    except RuntimeError:
+        fp8 = bf16 / 2
+    return Ceilings(
+        copy_bytes_per_second=2 * 2**31 / copy * 1e3,
+        bf16_flops=2 * n**3 / bf16 * 1e3,
+        fp8_flops=2 * n**3 / fp8 * 1e3,
+    )
+
+
+def _copy_milliseconds() -> float:
+    data = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
+    other = torch.empty_like(data)
+    return _median(lambda: other.copy_(data))
+
+
+def _median(call: Callable[[], object]) -> float:
+    for _ in range(3):
+        call()
+    return statistics.median(_elapsed(call) for _ in range(10))
+
+
+def probe(parameters: Sequence[Tensor], slots: Tensor) -> Callable[[], object]:
+    """A call that reads all of these slots of these parameters once, in one launch: what a pass over memory costs.
+
+    `parameters` are stacked ``(E, ...)``; `slots` are distinct, int64.
+    """
+    from loader.bench.probe import read_slots
+
+    rows = [parameter.view(torch.uint8).view(len(parameter), -1) for parameter in parameters]
+    # The two large ones; scales are a few percent of them.
+    first, second = sorted(rows, key=lambda row: -row.shape[1])[:2]
+    words = [row.view(torch.int32) for row in (first, second)]
+    block = 8192
+    tiles = [-(-word.shape[1] // block) for word in words]
+    out = torch.empty(sum(tiles) * len(slots), dtype=torch.int32, device=slots.device)
+    ids = slots.int()
+
+    def read() -> object:
+        return read_slots[(sum(tiles), len(ids))](
+            words[0], words[1], ids, out, words[0].shape[1], words[1].shape[1], tiles[0], BLOCK=block, num_warps=8
+        )
+
+    return read

@@ -1,0 +1,103 @@
+"""Find configurations by timing them: first how to walk the layer, then the tiles of each product by itself."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from loader.bench import ours
+from loader.bench.candidates import candidates, tiles
+from loader.bench.problem import Problem
+from loader.bench.timing import microseconds
+from loader.kernels.configs import Config, Shape
+from loader.kernels.triton_layer import multiprocessors
+
+log = logging.getLogger(__name__)
+COMPILERS = 16
+"""Threads that compile; ptxas is a process of its own and LLVM lets go of the interpreter's lock."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Best:
+    """What a search came to."""
+
+    config: Config
+    microseconds: float
+    tried: int
+    """Configurations that ran."""
+    failed: int
+    """Configurations that could not be compiled or launched: too much shared memory, most of them."""
+
+
+def search(
+    problems: Sequence[Problem],
+    shape: Shape,
+    *,
+    most: int = 24,
+    start: Sequence[Config] = (),
+    seed: int = 0,
+    done: Callable[[], None] = lambda: None,
+) -> Best:
+    """The fastest configuration for these problems, all of one shape and one number of tokens.
+
+    `start` is tried before all others; `most` configurations are tried in each of three rounds: skeletons, tiles of
+    gate_up, tiles of down, the latter two drawn at random where there are more. `done` is called after each. Raises
+    `RuntimeError` where none runs at all.
+    """
+    device, tokens = problems[0].x_TD.device, len(problems[0].x_TD)
+    draw = random.Random(seed)
+    times: dict[Config, float] = {}
+
+    def round_of(configs: Iterable[Config]) -> Config:
+        fresh = [config for config in dict.fromkeys(configs) if config not in times]
+        _compile(problems[0], fresh)
+        for config in fresh:
+            times[config] = _time(problems, config)
+            done()
+        return min(times, key=lambda config: times[config])
+
+    best = round_of([*start, *candidates(shape, tokens, multiprocessors(device))[:most]])
+    for half in ("gate_up", "down"):
+        others = tiles(shape, best, half)
+        chosen = draw.sample(others, min(most, len(others)))
+        best = round_of([_with(best, half, each) for each in chosen])
+    if math.isinf(times[best]):
+        raise RuntimeError(f"no configuration runs for {shape} with {tokens} tokens")
+    ran = sum(math.isfinite(each) for each in times.values())
+    return Best(config=best, microseconds=times[best], tried=ran, failed=len(times) - ran)
+
+
+def _with(config: Config, half: str, tiles_: Any) -> Config:
+    return replace(config, gate_up=tiles_) if half == "gate_up" else replace(config, down=tiles_)
+
+
+def _time(problems: Sequence[Problem], config: Config) -> float:
+    """Microseconds; infinite for a configuration that the device can't run."""
+    try:
+        return microseconds([ours.call(problem, config) for problem in problems], replays=5)
+    except Exception as error:  # noqa: BLE001  # Triton has an exception for each way a kernel can be too large
+        log.debug("%s does not run: %s", config, error)
+        torch.cuda.synchronize()
+        return math.inf
+
+
+def _compile(problem: Problem, configs: Sequence[Config]) -> None:
+    """Into Triton's cache, side by side; what fails there fails again, one by one, when it is to be timed."""
+    import triton
+
+    def warm_up(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        kernel.warmup(*arguments, grid=grid, **options)
+
+    with (
+        ThreadPoolExecutor(COMPILERS) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        for config in configs:
+            ours.call(problem, config, launch=warm_up)()
