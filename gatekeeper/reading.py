@@ -68,12 +68,17 @@ def join(
     settings: Mapping[str, Any] | None,
     rules: RuleSet,
     unread: frozenset[str] = frozenset(),
+    engine: Readings | None = None,
 ) -> Facts:
-    """Join a checkpoint with where and how it is loaded; groups under `unread` stay unknown."""
+    """Join a checkpoint with where and how it is loaded; groups under `unread` stay unknown.
+
+    `engine` is what the engine says of itself, by fact; what `settings` say counts before it.
+    """
     catalogue = rules.catalogue
     given: dict[str, Reading] = dict(read_platform(platform, rules.platforms, catalogue) if platform else {})
     given |= read_flags(settings, catalogue)
     given |= _engine(checkpoint, given) if "engine.name" in catalogue else {}
+    given |= {name: one for name, one in (engine or {}).items() if name in catalogue and name not in given}
     given |= {name: one for name, one in checkpoint.readings.items() if name.partition(".")[0] not in unread}
     layers = checkpoint.layers
     if layers is not None and "layer" in unread:

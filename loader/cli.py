@@ -23,7 +23,7 @@ from gatekeeper import (
     open_target,
     runners_of,
 )
-from loader.bench.cli import bench_command, tune_command
+from loader.bench.cli import bench_command, tables_option, tune_command
 
 if TYPE_CHECKING:
     from loader.plan import Plan
@@ -47,6 +47,7 @@ def target_options(command: F) -> F:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
         click.option("--strict", is_flag=True, help="Exit 3 where a decision is pending."),
+        tables_option,
         click.option(
             "--overlay",
             "overlays",
@@ -86,13 +87,24 @@ class Target:
     platform: str | None
     settings: dict[str, Any]
     runner: Runner | None
+    tables: Path | None
 
     def decided(self) -> Iterator[tuple[Facts, Decisions]]:
         """Facts and decisions of each runner, target first."""
         checkpoint = open_target(self.checkpoint, self.rules, keep_faults=True)
         for runner in [self.runner] if self.runner else runners_of(checkpoint):
-            facts = join(checkpoint, runner=runner, platform=self.platform, settings=self.settings, rules=self.rules)
+            facts = self._facts(checkpoint, runner)
             yield facts, decide(self.rules, facts)
+
+    def _facts(self, checkpoint: Any, runner: Runner) -> Facts:
+        how: Any = {"platform": self.platform, "settings": self.settings, "rules": self.rules}
+        facts = join(checkpoint, runner=runner, **how)
+        if not isinstance(facts.values.get("platform.device_name"), str):
+            return facts
+        # Which settings were measured depends on the sizes, which are facts: they are joined once more.
+        from loader.measured import measured_facts
+
+        return join(checkpoint, runner=runner, engine=measured_facts(facts, self.tables), **how)
 
 
 def _target(
@@ -102,10 +114,18 @@ def _target(
     runner: Runner | None,
     rules_folder: Path | None,
     overlays: tuple[Path, ...],
+    tables: Path | None,
 ) -> Target:
     _set_up_logging()
     rules = load_rules(rules_folder, overlays)
-    return Target(checkpoint=checkpoint, rules=rules, platform=platform, settings=_settings(settings), runner=runner)
+    return Target(
+        checkpoint=checkpoint,
+        rules=rules,
+        platform=platform,
+        settings=_settings(settings),
+        runner=runner,
+        tables=tables,
+    )
 
 
 @group.command("plan", short_help="Show which tensor goes to which slot, and the bytes.")
@@ -122,6 +142,7 @@ def plan_command(
     runner: Runner | None,
     rules_folder: Path | None,
     overlays: tuple[Path, ...],
+    tables: Path | None,
     strict: bool,
     as_json: bool,
     rank: int | None,
@@ -133,7 +154,7 @@ def plan_command(
     Exit 1 where the planned weights do not fit the device, if its memory is known.
     """
     device_bytes = _memory(memory)
-    target = _target(checkpoint, platform, settings, runner, rules_folder, overlays)
+    target = _target(checkpoint, platform, settings, runner, rules_folder, overlays, tables)
     decided = list(target.decided())
     from loader.planning import plan_target  # torch takes a second: what can't be read is refused before
 
@@ -200,6 +221,7 @@ def load_command(
     runner: Runner | None,
     rules_folder: Path | None,
     overlays: tuple[Path, ...],
+    tables: Path | None,
     strict: bool,
     as_json: bool,
     rank: int | None,
@@ -207,7 +229,7 @@ def load_command(
     verifies: bool,
 ) -> None:
     """Decide, plan and load; exit 1 with every reason if a slot or a tensor is left over."""
-    target = _target(checkpoint, platform, settings, runner, rules_folder, overlays)
+    target = _target(checkpoint, platform, settings, runner, rules_folder, overlays, tables)
     decided = list(target.decided())
     from loader.load import load_prepared, prepare  # torch takes a second: what can't be read is refused before
     from loader.progress import progress
@@ -219,7 +241,7 @@ def load_command(
         pending |= _is_pending(decisions)
         prepared = prepare(checkpoint, decisions, target.rules, facts, rank)
         with progress(prepared.plan.nbytes, facts.runner) as moved:
-            layers, found = load_prepared(prepared, device, verifies=verifies, moved=moved)
+            layers, found = load_prepared(prepared, device, verifies=verifies, tables=tables, moved=moved)
         if as_json:
             answer = _answer(facts.runner, decisions) | {"plan": prepared.plan.as_json(), "device": device}
             answers.append(answer | {"verified": [asdict(one) for one in found] if verifies else None})

@@ -101,6 +101,7 @@ def load_prepared(
     *,
     verifies: bool = False,
     threads: int | None = None,
+    tables: Path | None = None,
     moved: Callable[[int], None] = lambda _: None,
 ) -> tuple[tuple[MoELayer, ...], tuple[Verified, ...]]:
     """Build the layers of a plan, each compared with the checkpoint while the next one is read if `verifies`.
@@ -109,9 +110,9 @@ def load_prepared(
     """
     plan, index = prepared.plan, prepared.index
     if not verifies:
-        return build(plan, index, device, threads=threads, moved=moved), ()
+        return build(plan, index, device, threads=threads, tables=tables, moved=moved), ()
     verifier = Verifier(plan, prepared.tensors)
-    return build(plan, index, device, threads=threads, moved=moved, check=verifier), verifier.verified
+    return build(plan, index, device, threads=threads, tables=tables, moved=moved, check=verifier), verifier.verified
 
 
 def runner_of(decisions: Mapping[str, Decision]) -> Runner:

@@ -19,15 +19,18 @@ TOKENS = "1,4,16,64,256,1024,4096,8192"
 INCOMPLETE = 3
 
 
+tables_option = click.option(
+    "--tables",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Folder of settings that `moe-loader tune` measured; default: the shipped ones.",
+)
+
+
 def layer_options(command: F) -> F:
     """Add the options that say which layer."""
     for option in (
-        click.option(
-            "--tables",
-            type=click.Path(path_type=Path, file_okay=False),
-            metavar="DIR",
-            help="Folder of measured settings; default: the shipped ones.",
-        ),
+        tables_option,
         click.option("--tokens", default=TOKENS, show_default=True, metavar="N,N,…", help="Tokens of a call."),
         click.option(
             "--format",

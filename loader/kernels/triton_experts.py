@@ -163,9 +163,10 @@ def _block(b, ids, order, blocks, E, K, PAIRWISE: tl.constexpr, M: tl.constexpr)
         # One that does not exist is computed as another and made NaN in the end.
         expert = tl.where((expert >= 0) & (expert < E), expert, 0)
         return expert, b + m, b + m, m == 0
-    place_M = tl.load(blocks + 3 * b + 1) + m
-    here_M = place_M < tl.load(blocks + 3 * b + 2)
-    return tl.load(blocks + 3 * b), place_M, tl.load(order + place_M, mask=here_M, other=0), here_M
+    else:
+        place_M = tl.load(blocks + 3 * b + 1) + m
+        here_M = place_M < tl.load(blocks + 3 * b + 2)
+        return tl.load(blocks + 3 * b), place_M, tl.load(order + place_M, mask=here_M, other=0), here_M
 
 
 @triton.jit

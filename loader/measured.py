@@ -1,0 +1,57 @@
+"""What the loader as an engine says of itself: whether kernel settings were measured for a checkpoint on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from gatekeeper import Facts, Reading
+from loader.kernels.configs import Shape
+from loader.kernels.triton_formats import KINDS
+from loader.kernels.tuned import SHIPPED, file_name, find_table
+
+SIZES = {
+    "routed": "model.n_routed_experts",
+    "hidden_size": "model.hidden_size",
+    "width": "moe.shard_width",
+    "top_k": "model.num_experts_per_tok",
+}
+
+
+def measured_facts(facts: Facts, tables: Path | None = None) -> Mapping[str, Reading]:
+    """`engine.tuned_config_routed`, `engine.tuned_config_fused` and `engine.dense_shared_from`, as far as known.
+
+    They are of the stacks that one rank of `facts` has, on the device of `facts`, by the tables in a folder (None: the
+    shipped ones). Nothing is said where the device or a size is not known. Raises `TableError` for a torn table.
+    """
+    device = facts.values.get("platform.device_name")
+    sizes = {name: facts.values.get(fact) for name, fact in SIZES.items()}
+    ranks = facts.values.get("parallel.moe_ep_size")
+    layers = facts.runner_layer_values
+    known = [value for value in (*sizes.values(), ranks) if isinstance(value, int)]
+    if not isinstance(device, str) or layers is None or len(known) <= len(SIZES):
+        return {}
+    table = find_table(device, tables)
+    witness = f"{(tables or SHIPPED).name}/{file_name(device)}"
+    if table is None:
+        none = Reading(False, f"{witness}: no such file")
+        return {"engine.tuned_config_routed": none, "engine.tuned_config_fused": none}
+    formats = {str(layer.get("layer.routed_storage.format")) for layer in layers} & KINDS.keys()
+    n_shared = facts.values.get("model.n_shared_experts")
+    n_shared = n_shared if isinstance(n_shared, int) else 0
+    routed, hidden_size, width, top_k, ep_size = known
+    stacks = [
+        Shape(format=name, n_slots=routed // ep_size, hidden_size=hidden_size, width=width, top_k=top_k)
+        for name in sorted(formats)
+    ]
+    fused = [replace(shape, n_slots=shape.n_slots + n_shared, top_k=top_k + n_shared) for shape in stacks]
+    found = {
+        "engine.tuned_config_routed": Reading(bool(stacks) and all(s in table.configs for s in stacks), witness),
+        "engine.tuned_config_fused": Reading(bool(fused) and all(s in table.configs for s in fused), witness),
+    }
+    compared = [first for shape in fused if (first := table.dense_shared_from(shape)) is not None]
+    if compared:
+        # Of several formats in one model, the one that is best off with the shared slots among the others.
+        found["engine.dense_shared_from"] = Reading(0 if 0 in compared else max(compared), witness)
+    return found

@@ -1,0 +1,92 @@
+"""What the loader says of its kernels' settings, for a checkpoint and a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gatekeeper import Reading, read_facts
+from loader.errors import TableError
+from loader.kernels.configs import Shape, default
+from loader.kernels.tuned import Measured, Table, file_name
+from loader.measured import measured_facts
+from tests.shipped import ROOT
+
+KIMI = ROOT / "tests" / "corpus" / "amd__Kimi-K2.5-MXFP4" / "config.json"
+ROUTED = Shape(format="mxfp4", n_slots=384, hidden_size=7168, width=256, top_k=8)
+FUSED = Shape(format="mxfp4", n_slots=385, hidden_size=7168, width=256, top_k=9)
+
+
+def facts(**settings: Any) -> Any:
+    return read_facts(KIMI, platform="h200", set={"parallel.tp_size": 8} | settings)
+
+
+def write(folder: Path, *shapes: Shape, apart: dict[int, float] | None = None) -> None:
+    table = Table(device="NVIDIA H200", versions={})
+    for shape in shapes:
+        table.configs[shape] = {
+            tokens: Measured(
+                tokens=tokens,
+                microseconds=10.0 * tokens,
+                config=default(shape, tokens, 132),
+                apart_microseconds=(apart or {}).get(tokens) if shape == FUSED else None,
+            )
+            for tokens in (1, 64, 1024)
+        }
+    table.save(folder / file_name("NVIDIA H200"))
+
+
+def values(found: Any) -> dict[str, Any]:
+    assert all(isinstance(one, Reading) for one in found.values())
+    return {name.removeprefix("engine."): one.value for name, one in found.items()}
+
+
+def test_each_stack_is_looked_up_by_itself(tmp_path: Path) -> None:
+    write(tmp_path, ROUTED)
+    assert values(measured_facts(facts(), tmp_path)) == {"tuned_config_routed": True, "tuned_config_fused": False}
+    write(tmp_path, FUSED)
+    assert values(measured_facts(facts(), tmp_path)) == {"tuned_config_routed": False, "tuned_config_fused": True}
+
+
+def test_where_shared_slots_are_better_on_their_own_was_measured(tmp_path: Path) -> None:
+    write(tmp_path, ROUTED, FUSED, apart={1: 20.0, 64: 900.0, 1024: 9000.0})
+    found = measured_facts(facts(), tmp_path)
+    assert values(found) == {"tuned_config_routed": True, "tuned_config_fused": True, "dense_shared_from": 1024}
+    assert found["engine.dense_shared_from"].witness == f"{tmp_path.name}/nvidia_h200.json"
+
+
+@pytest.mark.parametrize("settings", [{"parallel.tp_size": 4}, {"parallel.ep_size": 2}])
+def test_other_ranks_have_other_stacks(tmp_path: Path, settings: dict[str, int]) -> None:
+    write(tmp_path, ROUTED, FUSED)
+    assert values(measured_facts(facts(**settings), tmp_path)) == {
+        "tuned_config_routed": False,
+        "tuned_config_fused": False,
+    }
+
+
+def test_half_of_the_experts_are_a_stack_of_their_own(tmp_path: Path) -> None:
+    half = Shape(format="mxfp4", n_slots=192, hidden_size=7168, width=512, top_k=8)
+    write(tmp_path, half)
+    found = measured_facts(facts(**{"parallel.ep_size": 2}), tmp_path)
+    assert values(found) == {"tuned_config_routed": True, "tuned_config_fused": False}
+
+
+def test_a_device_without_a_table_has_none(tmp_path: Path) -> None:
+    found = measured_facts(facts(), tmp_path)
+    assert values(found) == {"tuned_config_routed": False, "tuned_config_fused": False}
+    assert "no such file" in found["engine.tuned_config_fused"].witness
+
+
+def test_what_is_not_known_is_not_said(tmp_path: Path) -> None:
+    write(tmp_path, ROUTED, FUSED)
+    assert not measured_facts(read_facts(KIMI, platform="cpu", set={"parallel.tp_size": 8}), tmp_path)
+    assert not measured_facts(read_facts(KIMI, set={"parallel.tp_size": 8}), tmp_path)
+    assert not measured_facts(read_facts(KIMI, platform="h200"), tmp_path)  # nobody chose a tp_size
+
+
+def test_a_torn_table_is_an_error_not_a_default(tmp_path: Path) -> None:
+    (tmp_path / "nvidia_h200.json").write_text("{")
+    with pytest.raises(TableError, match="is torn"):
+        measured_facts(facts(), tmp_path)
