@@ -14,7 +14,7 @@ import os
 import triton
 import triton.language as tl
 
-from loader.kernels.triton_unpack import e8m0, int4_streams, mxfp4_streams
+from loader.kernels.triton_unpack import e8m0, int4_streams, mxfp4_streams, scales_of
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 """The interpreter's dot is wrong on bf16 operands (Triton 3.6), so that they are widened there."""
@@ -54,6 +54,7 @@ def _add_product(
     begin,
     columns,
     FORMAT: tl.constexpr,
+    SCALES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     EVEN: tl.constexpr,
     M: tl.constexpr,
@@ -63,7 +64,7 @@ def _add_product(
     """``accumulator + weight[row, begin:begin + C] @ x.T``; `weight` and `scale` point at matrices of `columns`.
 
     `x_MC` is 0 where `columns` ends. EVEN: that is a multiple of C. FORMAT: ``plain`` numbers of the dtype of x,
-    ``fp8_block``, ``int4_g32`` or ``mxfp4``.
+    ``fp8_block``, ``int4_g32`` or ``mxfp4``. SCALES: of groups of 32 columns in an element of `scale`, see `scales_of`.
     """
     if FORMAT == "plain":
         c = begin + tl.arange(0, C)
@@ -92,10 +93,11 @@ def _add_product(
         j = begin // 8 + tl.arange(0, C // 8)
         w_at = weight + row_N[:, None] * (columns // 8) + j[None, :]
         words = tl.load(w_at) if EVEN else tl.load(w_at, mask=j[None, :] < columns // 8, other=0)
-        g = begin // 32 + tl.arange(0, C // 32)
-        s_at = scale + row_N[:, None] * (columns // 32) + g[None, :]
-        group = tl.load(s_at) if EVEN else tl.load(s_at, mask=g[None, :] < columns // 32, other=0)
-        spread = tl.broadcast_to(group[:, :, None], (N, C // 32, 4)).reshape(N, C // 8)
+        g = begin // (32 * SCALES) + tl.arange(0, C // (32 * SCALES))
+        n_groups = columns // (32 * SCALES)
+        s_at = scale + row_N[:, None] * n_groups + g[None, :]
+        group = tl.load(s_at) if EVEN else tl.load(s_at, mask=g[None, :] < n_groups, other=0)
+        spread = tl.broadcast_to(scales_of(group, N, C // 32, SCALES)[:, :, None], (N, C // 32, 4)).reshape(N, C // 8)
         if FORMAT == "int4_g32":
             w0, w1, w2, w3, w4, w5, w6, w7 = int4_streams(words, spread, x_MC.dtype, ASSEMBLY)
         else:
@@ -186,6 +188,7 @@ def gate_up(
     F,
     K,
     FORMAT: tl.constexpr,
+    SCALES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     PAIRWISE: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -244,6 +247,7 @@ def gate_up(
                 step * BLOCK_C,
                 D,
                 FORMAT,
+                SCALES,
                 ASSEMBLY,
                 EVEN,
                 BLOCK_M,
@@ -283,6 +287,7 @@ def down(
     D,
     F,
     FORMAT: tl.constexpr,
+    SCALES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -329,6 +334,7 @@ def down(
                 begin,
                 F,
                 FORMAT,
+                SCALES,
                 ASSEMBLY,
                 EVEN,
                 BLOCK_M,
@@ -357,6 +363,7 @@ def down_by_token(
     F,
     K,
     FORMAT: tl.constexpr,
+    SCALES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -403,6 +410,7 @@ def down_by_token(
             begin,
             F,
             FORMAT,
+            SCALES,
             ASSEMBLY,
             EVEN,
             BLOCK_M,

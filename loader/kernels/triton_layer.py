@@ -49,7 +49,11 @@ class TritonExperts:
         w13, w2 = weights.stacked("w13"), weights.stacked("w2")
         self.kind, self.launch, self._assembly = kind, launch, assembly
         self.w13, self.w2 = _words(w13["weight"], kind), _words(w2["weight"], kind)
-        self.scale13, self.scale2 = _scale(w13.get("scale"), self.w13), _scale(w2.get("scale"), self.w2)
+        self.scale13, self.scales13 = _scale(w13.get("scale"), self.w13, kind)
+        self.scale2, self.scales2 = _scale(w2.get("scale"), self.w2, kind)
+        self.is_exact_in_bf16 = all(
+            w["scale"].dtype in (torch.bfloat16, torch.uint8, torch.float8_e8m0fnu) for w in (w13, w2) if "scale" in w
+        )
         self.bias13, self.bias2 = weights.w13_bias, weights.w2_bias
         self.n_slots, self.width = self.w13.shape[0], self.w13.shape[1] // 2
         self.hidden_size = self.w2.shape[1]
@@ -146,7 +150,7 @@ class _Call:
             native
             and x_TD.dtype == torch.bfloat16
             and experts.kind in ("int4_g32", "mxfp4")
-            and {experts.scale13.dtype, experts.scale2.dtype} <= {torch.bfloat16, torch.uint8}
+            and experts.is_exact_in_bf16
         )
 
     def schedule(self) -> _Schedule:
@@ -212,6 +216,7 @@ class _Call:
             EVEN=e.hidden_size % (t.block_c * c.splits) == 0,
             GROUP=t.group,
             BLOCK_M=c.block_m,
+            SCALES=e.scales13,
             **self._common(t),
         )
         return out
@@ -241,6 +246,7 @@ class _Call:
             GROUP=t.group,
             DTYPE=_triton_dtype(self.x.dtype),
             BLOCK_M=c.block_m,
+            SCALES=e.scales2,
             **self._common(t),
         )
         return out
@@ -267,6 +273,7 @@ class _Call:
             EVEN=e.width % t.block_c == 0,
             DTYPE=_triton_dtype(self.x.dtype),
             BLOCK_M=c.block_m,
+            SCALES=e.scales2,
             **self._common(t),
         )
         return out
@@ -303,11 +310,18 @@ def _words(weight: Tensor, kind: str) -> Tensor:
     return weight.view(torch.int32) if kind in ("int4_g32", "mxfp4") else weight
 
 
-def _scale(scale: Tensor | None, weight: Tensor) -> Tensor:
-    """E8M0 as its codes; a format without scales gets what is never read."""
+def _scale(scale: Tensor | None, weight: Tensor, kind: str) -> tuple[Tensor, int]:
+    """Scales as the kernels read them, and how many come in an element; see `scales_of`.
+
+    E8M0 is read as its codes; a format without scales gets what is never read.
+    """
     if scale is None:
-        return weight
-    return scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
+        return weight, 1
+    codes = scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
+    together = {torch.bfloat16: 2, torch.uint8: 4}.get(codes.dtype, 1)
+    if kind not in ("int4_g32", "mxfp4") or codes.shape[-1] % together:
+        return codes, 1
+    return codes.view(torch.int32) if together > 1 else codes, together
 
 
 def _power_of_two(number: int) -> int:

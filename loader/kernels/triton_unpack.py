@@ -49,6 +49,24 @@ def mxfp4_streams(words, exponent, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
+def scales_of(group, N: tl.constexpr, G: tl.constexpr, SCALES: tl.constexpr):
+    """``(N, G)`` scales of groups of columns, from elements that hold SCALES of them, ``(N, G / SCALES)``.
+
+    One to an element is the scale itself. Two bf16, or four E8M0 codes, come as an int32: the device copies nothing
+    narrower to shared memory on its own, and a load that is waited for in each step costs more than all products.
+    """
+    if SCALES == 1:
+        return group
+    elif SCALES == 2:
+        low, high = (group & 0xFFFF).to(tl.uint16), ((group >> 16) & 0xFFFF).to(tl.uint16)
+        return tl.join(low, high).reshape(N, G).to(tl.bfloat16, bitcast=True)
+    else:
+        even = tl.join(group & 255, (group >> 16) & 255)
+        odd = tl.join((group >> 8) & 255, (group >> 24) & 255)
+        return tl.join(even, odd).reshape(N, G).to(tl.uint8)
+
+
+@triton.jit
 def e8m0(code, dtype: tl.constexpr):
     """The power of two that an E8M0 code stands for, exactly: subnormal at 0, NaN at 255 (OCP Microscaling 1.0)."""
     exponent = code.to(tl.uint32)
