@@ -31,78 +31,117 @@ def _dot(a, b, accumulator):
 
 
 @triton.jit
-def _streams(x_MC, M: tl.constexpr, C: tl.constexpr):
-    """Every eighth column from 0, 1, ... 7 on, each ``(M, C / 8)``."""
-    even, odd = x_MC.reshape(M, C // 8, 2, 2, 2).split()
+def _streams(x_C, M: tl.constexpr, C: tl.constexpr):
+    """Every eighth column from 0, 1, ... 7 on, each as `_one_row` of ``(M, C / 8)``."""
+    even, odd = x_C.reshape(C // 8, 2, 2, 2).split()
     x_0, x_2 = even.split()
     x_1, x_3 = odd.split()
     x0, x4 = x_0.split()
     x1, x5 = x_1.split()
     x2, x6 = x_2.split()
     x3, x7 = x_3.split()
-    return x0, x1, x2, x3, x4, x5, x6, x7
+    return (
+        _one_row(x0, M),
+        _one_row(x1, M),
+        _one_row(x2, M),
+        _one_row(x3, M),
+        _one_row(x4, M),
+        _one_row(x5, M),
+        _one_row(x6, M),
+        _one_row(x7, M),
+    )
 
 
 @triton.jit
 def _add_product(
     accumulator_NM,
-    x_MC,
+    source,
+    place,
+    here_M,
     weight,
     scale,
     row_N,
     scale_row_N,
     begin,
     columns,
+    P,
     FORMAT: tl.constexpr,
     SCALES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     EVEN: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    DTYPE: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     C: tl.constexpr,
 ):
     """``accumulator + weight[row, begin:begin + C] @ x.T``; `weight` and `scale` point at matrices of `columns`.
 
-    `x_MC` is 0 where `columns` ends. EVEN: that is a multiple of C. FORMAT: ``plain`` numbers of the dtype of x,
-    ``fp8_block``, ``int4_g32`` or ``mxfp4``. SCALES: of groups of 32 columns in an element of `scale`, see `scales_of`.
+    x is what `_left` reads of `source`: of rows `place` ``(M, 1)``, or with ONE_ROW of the row `place` alone. EVEN:
+    `columns` is a multiple of C. FORMAT: ``plain`` numbers of the dtype of x, ``fp8_block``, ``int4_g32`` or ``mxfp4``.
+    SCALES: of groups of 32 columns in an element of `scale`, see `scales_of`. A packed format has its x by streams in
+    memory (`to_streams`), so that each is copied to shared memory as it lies; one row is taken apart in registers.
     """
-    if FORMAT == "plain":
+    if FORMAT == "plain" or FORMAT == "fp8_block":
         c = begin + tl.arange(0, C)
-        w_at = weight + row_N[:, None] * columns + c[None, :]
-        w_NC = tl.load(w_at) if EVEN else tl.load(w_at, mask=c[None, :] < columns, other=0.0)
-        return _dot(w_NC.to(x_MC.dtype), x_MC.T, accumulator_NM)
-    elif FORMAT == "fp8_block":
-        tl.static_assert(C == 128, "a step of fp8_block is one block of 128 columns")
-        c = begin + tl.arange(0, C)
-        w_at = weight + row_N[:, None] * columns + c[None, :]
-        w_NC = tl.load(w_at) if EVEN else tl.load(w_at, mask=c[None, :] < columns, other=0.0)
-        scale_N = tl.load(scale + scale_row_N * tl.cdiv(columns, 128) + begin // 128)
-        if scale_N.dtype == tl.uint8:
-            scale_N = e8m0(scale_N, tl.float32)
-        scale_N = scale_N.to(tl.float32)
-        zero = tl.zeros((N, M), dtype=tl.float32)
-        if x_MC.dtype == tl.float32:
-            return accumulator_NM + _dot(w_NC.to(tl.float32), x_MC.T, zero) * scale_N[:, None]
+        if ONE_ROW:
+            x_C = _left(source, place, c, c < columns, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
+            x_MC = _one_row(x_C, M)
         else:
-            # Activations to E4M3 by token and block, as DeepSeek-V3 computes: arXiv 2412.19437, section 3.3.
-            wide_MC = x_MC.to(tl.float32)
-            x_scale_M = tl.maximum(tl.max(tl.abs(wide_MC), 1), 1e-10) / E4M3_MAX
-            q_MC = (wide_MC / x_scale_M[:, None]).to(tl.float8e4nv)
-            return accumulator_NM + tl.dot(w_NC, q_MC.T, zero) * (scale_N[:, None] * x_scale_M[None, :])
+            inside = here_M[:, None] if EVEN else here_M[:, None] & (c[None, :] < columns)
+            x_MC = _left(source, place, c[None, :], inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
+        w_at = weight + row_N[:, None] * columns + c[None, :]
+        w_NC = tl.load(w_at) if EVEN else tl.load(w_at, mask=c[None, :] < columns, other=0.0)
+        if FORMAT == "plain":
+            return _dot(w_NC.to(x_MC.dtype), x_MC.T, accumulator_NM)
+        else:
+            tl.static_assert(C == 128, "a step of fp8_block is one block of 128 columns")
+            scale_N = tl.load(scale + scale_row_N * tl.cdiv(columns, 128) + begin // 128)
+            if scale_N.dtype == tl.uint8:
+                scale_N = e8m0(scale_N, tl.float32)
+            scale_N = scale_N.to(tl.float32)
+            zero = tl.zeros((N, M), dtype=tl.float32)
+            if x_MC.dtype == tl.float32:
+                return accumulator_NM + _dot(w_NC.to(tl.float32), x_MC.T, zero) * scale_N[:, None]
+            else:
+                # Activations to E4M3 by token and block, as DeepSeek-V3 computes: arXiv 2412.19437, section 3.3.
+                wide_MC = x_MC.to(tl.float32)
+                x_scale_M = tl.maximum(tl.max(tl.abs(wide_MC), 1), 1e-10) / E4M3_MAX
+                q_MC = (wide_MC / x_scale_M[:, None]).to(tl.float8e4nv)
+                return accumulator_NM + tl.dot(w_NC, q_MC.T, zero) * (scale_N[:, None] * x_scale_M[None, :])
     else:
         j = begin // 8 + tl.arange(0, C // 8)
-        w_at = weight + row_N[:, None] * (columns // 8) + j[None, :]
-        words = tl.load(w_at) if EVEN else tl.load(w_at, mask=j[None, :] < columns // 8, other=0)
+        n_words = columns // 8
+        w_at = weight + row_N[:, None] * n_words + j[None, :]
+        words = tl.load(w_at) if EVEN else tl.load(w_at, mask=j[None, :] < n_words, other=0)
         g = begin // (32 * SCALES) + tl.arange(0, C // (32 * SCALES))
         n_groups = columns // (32 * SCALES)
         s_at = scale + row_N[:, None] * n_groups + g[None, :]
         group = tl.load(s_at) if EVEN else tl.load(s_at, mask=g[None, :] < n_groups, other=0)
+        if ONE_ROW:
+            c = begin + tl.arange(0, C)
+            x_C = _left(source, place, c, c < columns, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
+            x0, x1, x2, x3, x4, x5, x6, x7 = _streams(x_C, M, C)
+        else:
+            at = j[None, :]
+            inside = here_M[:, None] if EVEN else here_M[:, None] & (at < n_words)
+            x0 = _left(source, place, at, inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
+            x1 = _left(source, place, at + n_words, inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
+            x2 = _left(source, place, at + 2 * n_words, inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
+            x3 = _left(source, place, at + 3 * n_words, inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
+            x4 = _left(source, place, at + 4 * n_words, inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
+            x5 = _left(source, place, at + 5 * n_words, inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
+            x6 = _left(source, place, at + 6 * n_words, inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
+            x7 = _left(source, place, at + 7 * n_words, inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
         spread = tl.broadcast_to(scales_of(group, N, C // 32, SCALES)[:, :, None], (N, C // 32, 4)).reshape(N, C // 8)
         if FORMAT == "int4_g32":
-            w0, w1, w2, w3, w4, w5, w6, w7 = int4_streams(words, spread, x_MC.dtype, ASSEMBLY)
+            w0, w1, w2, w3, w4, w5, w6, w7 = int4_streams(words, spread, DTYPE, ASSEMBLY)
         else:
-            w0, w1, w2, w3, w4, w5, w6, w7 = mxfp4_streams(words, spread, x_MC.dtype, ASSEMBLY)
-        x0, x1, x2, x3, x4, x5, x6, x7 = _streams(x_MC, M, C)
+            w0, w1, w2, w3, w4, w5, w6, w7 = mxfp4_streams(words, spread, DTYPE, ASSEMBLY)
         accumulator_NM = _dot(w0, x0.T, accumulator_NM)
         accumulator_NM = _dot(w1, x1.T, accumulator_NM)
         accumulator_NM = _dot(w2, x2.T, accumulator_NM)
@@ -123,7 +162,7 @@ def _gated(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr, UP_OFFSET: tl.con
 
 
 @triton.jit
-def _hidden(
+def _left(
     source,
     place,
     c,
@@ -134,9 +173,12 @@ def _hidden(
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     UP_OFFSET: tl.constexpr,
-    dtype: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
-    """What goes into down, of `place` and column `c`: read, or the parts of a split `gate_up` summed and gated here."""
+    """The left side of a product, of row `place` and column `c` of `source`, which has F columns.
+
+    With SPLITS above 1 it is summed up and gated here, from the parts of gate and up that a split `gate_up` left.
+    """
     if SPLITS == 1:
         return tl.load(source + place * F + c, mask=mask, other=0.0)
     else:
@@ -147,13 +189,33 @@ def _hidden(
             part = at + tl.cast(P, tl.int64) * (2 * F) * split
             gate += tl.load(part, mask=mask, other=0.0)
             up += tl.load(part + F, mask=mask, other=0.0)
-        return tl.where(mask, _gated(gate, up, LIMIT, ALPHA, UP_OFFSET), 0.0).to(dtype)
+        return tl.where(mask, _gated(gate, up, LIMIT, ALPHA, UP_OFFSET), 0.0).to(DTYPE)
 
 
 @triton.jit
 def _one_row(x_C, M: tl.constexpr):
     """``(M, C)`` with `x_C` first and zeros below: products on tensor cores take no fewer."""
     return tl.where((tl.arange(0, M) == 0)[:, None], x_C[None, :], 0.0).to(x_C.dtype)
+
+
+@triton.jit
+def _column(i, BLOCK_N: tl.constexpr, STREAMED: tl.constexpr):
+    """The column of the intermediate that number i of a tile is: in order, or one stream of a tile after the other."""
+    if STREAMED:
+        return i % (BLOCK_N // 8) * 8 + i // (BLOCK_N // 8)
+    else:
+        return i
+
+
+@triton.jit
+def to_streams(x, out, D, BLOCK_W: tl.constexpr):
+    """``(T, D)`` to ``(T, 8, D / 8)``: every eighth column from 0 on, then from 1 on, as packed words have them."""
+    token = tl.program_id(1).to(tl.int64)
+    w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+    c = tl.arange(0, 8)
+    here = w[:, None] < D // 8
+    x_WC = tl.load(x + token * D + w[:, None] * 8 + c[None, :], mask=here, other=0.0)
+    tl.store(out + token * D + c[None, :] * (D // 8) + w[:, None], x_WC, mask=here)
 
 
 @triton.jit
@@ -198,6 +260,7 @@ def gate_up(
     SPLITS: tl.constexpr,
     EVEN: tl.constexpr,
     GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -207,7 +270,10 @@ def gate_up(
     With SPLITS the columns of x are shared out and `out` is float32 ``(SPLITS, P, 2 * F)``: parts of gate, then of up,
     whose sum and gating `down` does. Programs walk tiles, GROUP blocks of pairs by all of one strip of columns at a
     time, so that an expert's blocks read its tile of weights while the cache holds it.
+
+    A packed format has x by streams (`to_streams`), unless it is PAIRWISE, and leaves `out` in that order for `down`.
     """
+    STREAMED: tl.constexpr = (FORMAT == "int4_g32" or FORMAT == "mxfp4") and not PAIRWISE
     n_tiles = tl.cdiv(F, BLOCK_N)
     n = P if PAIRWISE else tl.load(n_blocks)
     for tile in range(tl.program_id(0), n * n_tiles * SPLITS, tl.num_programs(0)):
@@ -220,36 +286,39 @@ def gate_up(
         expert, place_M, pair_M, here_M = _block(b, ids, order, blocks, E, K, PAIRWISE, BLOCK_M)
         r = tl.arange(0, 2 * BLOCK_N)
         # Rows beyond F are computed as the last one and never stored.
-        f_N = tl.minimum(begin_n + r // (2 * HALF_RUN) * HALF_RUN + r % HALF_RUN, F - 1)
+        i = r // (2 * HALF_RUN) * HALF_RUN + r % HALF_RUN
+        f_N = tl.minimum(begin_n + _column(i, BLOCK_N, STREAMED), F - 1)
         half_N = r // HALF_RUN % 2
         row_N = expert.to(tl.int64) * (2 * F) + half_N * F + f_N
         scale_row_N = row_N
         if FORMAT == "fp8_block":
             scale_row_N = (expert.to(tl.int64) * 2 + half_N) * tl.cdiv(F, 128) + f_N // 128
-        x_at = x + (pair_M // K).to(tl.int64)[:, None] * D
+        place = (b // K).to(tl.int64) if PAIRWISE else (pair_M // K).to(tl.int64)[:, None]
         steps = tl.cdiv(tl.cdiv(D, BLOCK_C), SPLITS)
         accumulator = tl.zeros((2 * BLOCK_N, BLOCK_M), dtype=tl.float32)
         for step in range(split * steps, (split + 1) * steps):
-            c = step * BLOCK_C + tl.arange(0, BLOCK_C)
-            if PAIRWISE:
-                x_C = tl.load(x + (b // K).to(tl.int64) * D + c, mask=c < D, other=0.0)
-                x_MC = _one_row(x_C, BLOCK_M)
-            else:
-                mask = here_M[:, None] if EVEN else here_M[:, None] & (c[None, :] < D)
-                x_MC = tl.load(x_at + c[None, :], mask=mask, other=0.0)
             accumulator = _add_product(
                 accumulator,
-                x_MC,
+                x,
+                place,
+                here_M,
                 weight,
                 scale,
                 row_N,
                 scale_row_N,
                 step * BLOCK_C,
                 D,
+                P,
                 FORMAT,
                 SCALES,
                 ASSEMBLY,
                 EVEN,
+                PAIRWISE,
+                1,
+                LIMIT,
+                ALPHA,
+                UP_OFFSET,
+                DTYPE,
                 BLOCK_M,
                 2 * BLOCK_N,
                 BLOCK_C,
@@ -260,8 +329,11 @@ def gate_up(
         pairs = accumulator.reshape(BLOCK_N // HALF_RUN, 2, HALF_RUN, BLOCK_M).permute(0, 2, 3, 1)
         gate, up = pairs.split()
         gate_MN, up_MN = gate.reshape(BLOCK_N, BLOCK_M).T, up.reshape(BLOCK_N, BLOCK_M).T
-        f = begin_n + tl.arange(0, BLOCK_N)
+        i = tl.arange(0, BLOCK_N)
+        f = begin_n + _column(i, BLOCK_N, STREAMED)
         mask = here_M[:, None] & (f[None, :] < F)
+        if STREAMED:
+            f = f % 8 * (F // 8) + f // 8
         if SPLITS == 1:
             h_MN = _gated(gate_MN, up_MN, LIMIT, ALPHA, UP_OFFSET)
             tl.store(out + place_M[:, None].to(tl.int64) * F + f[None, :], h_MN.to(out.dtype.element_ty), mask=mask)
@@ -317,26 +389,31 @@ def down(
         scale_row_N = row_N
         if FORMAT == "fp8_block":
             scale_row_N = expert.to(tl.int64) * tl.cdiv(D, 128) + d_N // 128
+        place = place_M[:, None].to(tl.int64)
         accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for step in range(tl.cdiv(F, BLOCK_C)):
-            begin = step * BLOCK_C
-            c = begin + tl.arange(0, BLOCK_C)
-            mask = here_M[:, None] if EVEN else here_M[:, None] & (c[None, :] < F)
-            place = place_M[:, None].to(tl.int64)
-            h_MC = _hidden(hidden, place, c[None, :], mask, P, F, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
             accumulator = _add_product(
                 accumulator,
-                h_MC,
+                hidden,
+                place,
+                here_M,
                 weight,
                 scale,
                 row_N,
                 scale_row_N,
-                begin,
+                step * BLOCK_C,
                 F,
+                P,
                 FORMAT,
                 SCALES,
                 ASSEMBLY,
                 EVEN,
+                False,
+                SPLITS,
+                LIMIT,
+                ALPHA,
+                UP_OFFSET,
+                DTYPE,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_C,
@@ -397,22 +474,28 @@ def down_by_token(
         scale_row_N = row_N
         if FORMAT == "fp8_block":
             scale_row_N = expert.to(tl.int64) * tl.cdiv(D, 128) + d_N // 128
-        c = begin + tl.arange(0, BLOCK_C)
-        h_C = _hidden(hidden, pair.to(tl.int64), c, c < F, P, F, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
-        h_MC = _one_row(h_C, BLOCK_M)
         part = _add_product(
             tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32),
-            h_MC,
+            hidden,
+            pair.to(tl.int64),
+            first_M,
             weight,
             scale,
             row_N,
             scale_row_N,
             begin,
             F,
+            P,
             FORMAT,
             SCALES,
             ASSEMBLY,
             EVEN,
+            True,
+            SPLITS,
+            LIMIT,
+            ALPHA,
+            UP_OFFSET,
+            DTYPE,
             BLOCK_M,
             BLOCK_N,
             BLOCK_C,

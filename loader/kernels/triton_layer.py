@@ -13,8 +13,8 @@ from torch import Tensor
 
 from loader.kernels.base import ExpertWeights
 from loader.kernels.configs import Config, Shape, Tiles, default
-from loader.kernels.triton_experts import INTERPRETED, combine, down, down_by_token, gate_up
-from loader.kernels.triton_formats import KINDS
+from loader.kernels.triton_experts import INTERPRETED, combine, down, down_by_token, gate_up, to_streams
+from loader.kernels.triton_formats import KINDS, PACKED
 from loader.kernels.triton_schedule import cut_blocks, schedule_small, sort_pairs
 
 SMALL = 256
@@ -144,14 +144,13 @@ class _Call:
     def __init__(self, experts: TritonExperts, x_TD: Tensor, ids: Tensor, router: Tensor, config: Config) -> None:
         self.experts, self.x, self.ids, self.router, self.config = experts, x_TD, ids, router, config
         self.pairs, self.k = ids.numel(), ids.shape[1]
+        if experts.kind in PACKED and config.needs_schedule:
+            self.x = torch.empty_like(x_TD)
+            tokens, hidden = x_TD.shape
+            experts.launch(to_streams, (-(-hidden // 1024), tokens), x_TD, self.x, hidden, BLOCK_W=128)
         native = _is_nvidia(x_TD.device) if experts._assembly is None else experts._assembly
         # It computes in bf16, from scales that are bf16 or powers of two.
-        self.assembly = (
-            native
-            and x_TD.dtype == torch.bfloat16
-            and experts.kind in ("int4_g32", "mxfp4")
-            and experts.is_exact_in_bf16
-        )
+        self.assembly = native and x_TD.dtype == torch.bfloat16 and experts.kind in PACKED and experts.is_exact_in_bf16
 
     def schedule(self) -> _Schedule:
         """Sort the pairs by expert: one launch where they are few, else two."""
@@ -215,6 +214,7 @@ class _Call:
             SPLITS=c.splits,
             EVEN=e.hidden_size % (t.block_c * c.splits) == 0,
             GROUP=t.group,
+            DTYPE=_triton_dtype(self.x.dtype),
             BLOCK_M=c.block_m,
             SCALES=e.scales13,
             **self._common(t),
@@ -307,7 +307,7 @@ class _Schedule:
 
 def _words(weight: Tensor, kind: str) -> Tensor:
     """Packed numbers as int32; their rows are whole words, as the kernels' formats have groups of 32."""
-    return weight.view(torch.int32) if kind in ("int4_g32", "mxfp4") else weight
+    return weight.view(torch.int32) if kind in PACKED else weight
 
 
 def _scale(scale: Tensor | None, weight: Tensor, kind: str) -> tuple[Tensor, int]:
@@ -319,7 +319,7 @@ def _scale(scale: Tensor | None, weight: Tensor, kind: str) -> tuple[Tensor, int
         return weight, 1
     codes = scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
     together = {torch.bfloat16: 2, torch.uint8: 4}.get(codes.dtype, 1)
-    if kind not in ("int4_g32", "mxfp4") or codes.shape[-1] % together:
+    if kind not in PACKED or codes.shape[-1] % together:
         return codes, 1
     return codes.view(torch.int32) if together > 1 else codes, together
 
