@@ -5,7 +5,7 @@ Shapes: T tokens, K slots of a token, E slots of the stack, D hidden size, F int
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,50 +62,71 @@ class Config:
 
 BY_TOKEN = 4
 """Tokens up to which few enough choose the same expert that reading it again for each costs less than sorting."""
+PACKED = frozenset({"int4_g32", "mxfp4"})
+"""Formats of eight numbers to a word."""
 
 
-def default(shape: Shape, tokens: int, multiprocessors: int) -> Config:
+HOPPER_SHARED_BYTES = 227 << 10
+"""Shared memory that one thread block may have, compute capability 9.0."""
+
+
+def default(shape: Shape, tokens: int, multiprocessors: int, shared_bytes: int = HOPPER_SHARED_BYTES) -> Config:
     """A configuration from counting: tiles enough to fill the device, and steps of a few KB to a thread block.
 
     A memory-bound layer wants every multiprocessor to have loads under way from the first to the last microsecond, so
     that a product with few tiles is split along its inner axis; a compute-bound one wants tiles as large as registers
-    allow, which are as high as an expert's share of the tokens.
+    allow, which are as high as an expert's share of the tokens. Where counting left a choice, what a first search on an
+    H200 liked better (benchmarks/README.md). `shared_bytes` are what one thread block may have.
     """
-    pairs = tokens * shape.top_k
-    share = pairs / min(shape.n_slots, max(pairs, 1)) if pairs else 1
-    packed = shape.format in ("int4_g32", "mxfp4")
-    step = 256 if packed else 128
-    down_step = min(step, _power_of_two(shape.width, 128))
-    if tokens <= BY_TOKEN:
-        block_n = 32
-        tiles = max(pairs, 1) * -(-shape.width // block_n)
-        most = max(1, shape.hidden_size // (4 * step))
-        splits = min(_power_of_two(-(-3 * multiprocessors // tiles), 1), most, 8)
-        return Config(
-            block_m=16,
-            gate_up=Tiles(block_n=block_n, block_c=step, warps=4, stages=4),
-            down=Tiles(block_n=64, block_c=down_step, warps=4, stages=3),
-            splits=splits,
-            by_token=True,
-        )
-    block_m = min(max(_power_of_two(share, 16), 16), 128)
-    large = block_m >= 64
+    pairs = max(tokens * shape.top_k, 1)
+    if tokens <= BY_TOKEN and shape.format in PACKED:
+        return _by_token(shape, pairs, multiprocessors)
+    share = pairs / min(shape.n_slots, pairs)
+    block_m = 128 if share >= 256 else min(_power_of_two(share, 16), 64)
+    gate_up, down = (_fitting(_tiles(shape, block_m, rows=rows), shape, block_m, rows, shared_bytes) for rows in (2, 1))
+    return Config(block_m=block_m, gate_up=gate_up, down=down)
+
+
+def stage_bytes(shape: Shape, block_m: int, rows: int, tiles: Tiles) -> float:
+    """Shared memory of one stage: a tile of weights, `rows` to each of its columns, and one of activations."""
+    weight = {"int4_g32": 0.5625, "mxfp4": 0.5313, "fp8_block": 1.0, "fp32": 4.0}.get(shape.format, 2.0)
+    return (tiles.block_n * rows * weight + block_m * 2.0) * tiles.block_c
+
+
+def _fitting(tiles: Tiles, shape: Shape, block_m: int, rows: int, shared_bytes: int) -> Tiles:
+    """With as many stages as there is room for."""
+    return replace(
+        tiles, stages=max(1, min(tiles.stages, int(shared_bytes // stage_bytes(shape, block_m, rows, tiles))))
+    )
+
+
+def _by_token(shape: Shape, pairs: int, multiprocessors: int) -> Config:
+    block_n, step = 32, 256
+    tiles = pairs * -(-shape.width // block_n)
+    most = max(1, shape.hidden_size // (4 * step))
+    splits = min(_power_of_two(-(-3 * multiprocessors // tiles), 1), most, 8)
     return Config(
-        block_m=block_m,
-        gate_up=Tiles(
-            block_n=64 if large else 32,
-            block_c=128 if packed or shape.format == "fp8_block" else (64 if large else 128),
-            warps=8 if large else 4,
-            stages=3 if large else 4,
-            group=8 if large else 1,
-        ),
-        down=Tiles(
-            block_n=128 if large else 64,
-            block_c=128 if packed or shape.format == "fp8_block" else (64 if large else down_step),
-            warps=8 if large else 4,
-            stages=3 if large else 4,
-            group=8 if large else 1,
-        ),
+        block_m=16,
+        gate_up=Tiles(block_n=block_n, block_c=step, warps=4, stages=4),
+        down=Tiles(block_n=64, block_c=min(step, _power_of_two(shape.width, 128)), warps=4, stages=3),
+        splits=splits,
+        by_token=True,
+    )
+
+
+def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
+    """Of gate_up, which has two `rows` of weights to a column of the intermediate, or of down."""
+    if block_m >= 64:
+        step = 64 if shape.format not in PACKED and shape.format != "fp8_block" else 128
+        return Tiles(block_n=128 if step == 64 or rows == 1 else 64, block_c=step, warps=8, stages=3, group=8)
+    if shape.format in PACKED or shape.format == "fp8_block":
+        return Tiles(block_n=128 // rows, block_c=128, warps=4, stages=4)
+    if shape.format == "fp32":  # tiles twice as wide in memory
+        return Tiles(block_n=64 // rows, block_c=64, warps=4, stages=3)
+    return (
+        Tiles(block_n=32, block_c=128, warps=4, stages=4)
+        if rows == 2
+        else Tiles(block_n=128, block_c=64, warps=4, stages=3)
     )
 
 

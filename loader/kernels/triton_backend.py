@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loader.kernels.base import ExpertWeights
 from loader.kernels.configs import Config, Shape, default
-from loader.kernels.triton_layer import TritonExperts, multiprocessors
+from loader.kernels.triton_layer import TritonExperts, multiprocessors, shared_bytes
 from loader.kernels.tuned import Table
 
 
@@ -38,7 +38,7 @@ def run(x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor, weights: Exp
 def configuration(shape: Shape, x_TD: Tensor, table: Table | None) -> Config:
     """What was measured for this shape and number of tokens, else what counting says."""
     measured = None if table is None else table.config(shape, len(x_TD))
-    return measured or default(shape, len(x_TD), multiprocessors(x_TD.device))
+    return measured or default(shape, len(x_TD), multiprocessors(x_TD.device), shared_bytes(x_TD.device))
 
 
 def routed_shape(shape: Shape, n_shared: int) -> Shape:

@@ -16,5 +16,3 @@ KINDS: Mapping[str, str] = MappingProxyType(
     }
 )
 """What the kernels compute in, by the format of the checkpoint."""
-PACKED = frozenset({"int4_g32", "mxfp4"})
-"""Kinds of eight numbers to a word."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from loader.kernels.base import ExpertWeights
-from loader.kernels.configs import Config, Shape, Tiles, default
+from loader.kernels.configs import HOPPER_SHARED_BYTES, PACKED, Config, Shape, Tiles, default
 from loader.kernels.triton_experts import INTERPRETED, combine, down, down_by_token, gate_up, to_streams
-from loader.kernels.triton_formats import KINDS, PACKED
+from loader.kernels.triton_formats import KINDS
 from loader.kernels.triton_schedule import cut_blocks, schedule_small, sort_pairs
 
 SMALL = 256
@@ -93,7 +93,7 @@ class TritonExperts:
         y_TD = torch.empty_like(x_TD)
         if not tokens or not k:
             return y_TD.zero_() if base_TD is None else y_TD.copy_(base_TD)
-        config = config or default(self.shape(k), tokens, multiprocessors(x_TD.device))
+        config = config or default(self.shape(k), tokens, multiprocessors(x_TD.device), shared_bytes(x_TD.device))
         call = _Call(self, x_TD, ids, router, config)
         if config.by_token:
             hidden = call.gate_up(None)
@@ -336,6 +336,14 @@ def _triton_dtype(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one thread block may have there."""
+    if device.type != "cuda":
+        return HOPPER_SHARED_BYTES
+    found = torch.cuda.get_device_properties(device)
+    return int(getattr(found, "shared_memory_per_block_optin", 0) or found.shared_memory_per_block)
 
 
 def multiprocessors(device: torch.device) -> int:

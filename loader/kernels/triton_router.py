@@ -7,18 +7,21 @@ import triton
 from torch import Tensor, nn
 
 from loader.kernels.triton_choose import choose, router_logits
+from loader.kernels.triton_layer import Launch, launch
 from loader.moe import Router, SharedGate
 
-BLOCK_E, BLOCK_C = 64, 128
+BLOCK_E, BLOCK_C = 64, 64
 MOST_SPLITS = 16
 
 
 class TritonRouter(nn.Module):
     """Routed slots as `router` chooses them, then `n_shared` slots behind its experts that all tokens go to."""
 
-    def __init__(self, router: Router, n_shared: int = 0, gate: SharedGate | None = None) -> None:
+    def __init__(
+        self, router: Router, n_shared: int = 0, gate: SharedGate | None = None, *, launch: Launch = launch
+    ) -> None:
         super().__init__()
-        self.router, self.n_shared, self.gate = router, n_shared, gate
+        self.router, self.n_shared, self.gate, self.launch = router, n_shared, gate, launch
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """``topk_weights`` in float32 and ``topk_ids`` in int32, both ``(T, K + S)``."""
@@ -32,9 +35,11 @@ class TritonRouter(nn.Module):
         block_t = min(max(triton.next_power_of_2(tokens), 16), 64)
         tiles = -(-experts // BLOCK_E) * -(-tokens // block_t)
         # About two programs to a multiprocessor of the largest devices, each with some steps to overlap its loads.
-        splits = max(1, min(MOST_SPLITS, 256 // tiles, hidden // (2 * BLOCK_C)))
+        splits = max(1, min(MOST_SPLITS, 256 // tiles, hidden // (4 * BLOCK_C)))
         logits = torch.empty(splits, tokens, experts, dtype=torch.float32, device=x_TD.device)
-        router_logits[(-(-experts // BLOCK_E), -(-tokens // block_t), splits)](
+        self.launch(
+            router_logits,
+            (-(-experts // BLOCK_E), -(-tokens // block_t), splits),
             x_TD,
             weight_ED,
             logits,
@@ -46,10 +51,12 @@ class TritonRouter(nn.Module):
             BLOCK_E=BLOCK_E,
             BLOCK_C=BLOCK_C,
             num_warps=4,
-            num_stages=4,
+            num_stages=4 if weight_ED.dtype.itemsize == 2 else 2,
         )
         logit_bias, choice_bias = self.router.bias, self.router.e_score_correction_bias
-        choose[(tokens,)](
+        self.launch(
+            choose,
+            (tokens,),
             logits,
             logits if logit_bias is None else logit_bias,
             logits if choice_bias is None else choice_bias,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -15,7 +16,8 @@ from loader.formats import layout_of
 from loader.kernels.configs import Config, Shape
 from loader.kernels.eager import eager
 from loader.kernels.triton_layer import TritonExperts
-from loader.moe import Experts
+from loader.kernels.triton_router import TritonRouter
+from loader.moe import Experts, Router, RouterConfig
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -71,7 +73,25 @@ def _kind(value: Any) -> Any:
     return value.dtype if isinstance(value, torch.Tensor) else (value == 1, value % 16 == 0)
 
 
-def launches_of(shape: Shape, tokens: int, config: Config, arch: str, dtype: torch.dtype) -> list[Launch]:
+class Recorder:
+    """Takes the place of launching: notes what would be run."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **keywords: Any) -> None:
+        """Note one launch."""
+        self.launches.append(Launch(kernel, arguments, keywords))
+
+
+def launches_of(
+    shape: Shape,
+    tokens: int,
+    config: Config,
+    arch: str,
+    dtype: torch.dtype = torch.bfloat16,
+    ids_dtype: torch.dtype = torch.int32,
+) -> list[Launch]:
     """The launches of one call, on tensors without memory."""
     with torch.device("meta"):
         experts = Experts(
@@ -83,12 +103,19 @@ def launches_of(shape: Shape, tokens: int, config: Config, arch: str, dtype: tor
         )
         x = torch.empty(tokens, shape.hidden_size, dtype=dtype)
         weights = torch.empty(tokens, shape.top_k)
-        ids = torch.empty(tokens, shape.top_k, dtype=torch.int32)
-    launches: list[Launch] = []
-
-    def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **keywords: Any) -> None:
-        launches.append(Launch(kernel, arguments, keywords))
-
+        ids = torch.empty(tokens, shape.top_k, dtype=ids_dtype)
+    record = Recorder()
     on_nvidia = TARGETS[arch].backend == "cuda"
     TritonExperts(experts, launch=record, assembly=on_nvidia)(x, weights, ids, config=config)
-    return launches
+    return record.launches
+
+
+def router_launches(config: RouterConfig, experts: int, tokens: int, dtype: torch.dtype) -> list[Launch]:
+    """The launches of a router with a bias and one shared slot."""
+    with torch.device("meta"):
+        weight = nn.Parameter(torch.empty(experts, 7168, dtype=dtype), requires_grad=False)
+        bias = nn.Parameter(torch.empty(experts), requires_grad=False)
+        x = torch.empty(tokens, 7168, dtype=torch.bfloat16)
+    record = Recorder()
+    TritonRouter(Router(config, weight, bias), 1, launch=record)(x)
+    return record.launches

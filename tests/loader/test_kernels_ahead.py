@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,16 +11,21 @@ import torch
 
 from loader.bench.problem import Model
 from loader.kernels.configs import default
+from loader.kernels.tuned import SHIPPED, read_table
+from loader.moe import RouterConfig
 
 pytestmark = pytest.mark.ahead
 
 TOKENS = [1, 4, 16, 64, 256, 1024, 4096, 8192]
 MODELS = [("kimi-k2.5", 8), ("kimi-k2.5", 1), ("deepseek-v3", 8), ("deepseek-v3", 1)]
 FORMATS = ["bf16", "fp8_block", "int4_g32", "mxfp4"]
+ARCHITECTURES = ["sm90", "sm80", "sm100", "gfx942", "gfx950"]
+"""Those of the requirement `triton-compiles-for-the-device`."""
 SHARED_BYTES = {"sm80": 166_912, "sm90": 232_448, "sm100": 232_448, "gfx942": 65_536, "gfx950": 163_840}
 """Most of one thread block: compute capabilities 8.0, 9.0, 10.0 in the CUDA C++ programming guide's table of technical
 specifications; local data share of AMD's CDNA 3 and CDNA 4 instruction set guides."""
 MULTIPROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "gfx942": 304, "gfx950": 256}
+DEVICES = {"NVIDIA H200": "sm90", "NVIDIA H100 80GB HBM3": "sm90"}
 
 
 @pytest.fixture(scope="module")
@@ -29,23 +36,50 @@ def ahead() -> Any:
     return ahead
 
 
+def require_fitting(launches: Iterable[Any], arch: str) -> set[str]:
+    """Compile each once; the names of the kernels."""
+    unique = {launch.key: launch for launch in launches}
+    shared = {key: launch.compile(arch).metadata.shared for key, launch in unique.items()}
+    assert not {key: size for key, size in shared.items() if size > SHARED_BYTES[arch]}
+    return {launch.kernel.__name__ for launch in unique.values()}
+
+
 @pytest.mark.parametrize("format_name", FORMATS)
-@pytest.mark.parametrize("arch", ["sm90", "sm80", "sm100", "gfx942", "gfx950"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_configuration_by_counting_compiles_and_fits(ahead: Any, arch: str, format_name: str) -> None:
     if format_name == "fp8_block" and arch in ("sm80", "gfx942"):
         pytest.skip(f"the gate does not allow fp8_block on {arch}, which has no E4M3 (OCP) products")
     models, tokens = (MODELS, TOKENS) if arch == "sm90" else (MODELS[:1], [1, 16, 8192])
-    seen: dict[Any, Any] = {}
+    launches = []
     for name, tp_size in models:
         shape = Model.of(name, format_name, tp_size).shape
         for count in tokens:
-            config = default(shape, count, MULTIPROCESSORS[arch])
-            for launch in ahead.launches_of(shape, count, config, arch, torch.bfloat16):
-                seen.setdefault(launch.key, launch)
-    assert {launch.kernel.__name__ for launch in seen.values()} >= {"gate_up", "down", "down_by_token", "combine"}
-    too_large = {}
-    for launch in seen.values():
-        shared = launch.compile(arch).metadata.shared
-        if shared > SHARED_BYTES[arch]:
-            too_large[launch.key] = shared
-    assert not too_large
+            config = default(shape, count, MULTIPROCESSORS[arch], SHARED_BYTES[arch])
+            launches += ahead.launches_of(shape, count, config, arch)
+            # Ids are int32 from our router, int64 from torch's.
+            launches += ahead.launches_of(shape, count, config, arch, ids_dtype=torch.int64) if count < 64 else []
+    one_by_one = replace(default(shape, 1, 132), by_token=True, splits=2)
+    launches += ahead.launches_of(shape, 1, one_by_one, arch, ids_dtype=torch.int64)
+    assert require_fitting(launches, arch) >= {"schedule_small", "gate_up", "down", "down_by_token", "combine"}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_router_compiles_and_fits(ahead: Any, arch: str) -> None:
+    kimi = RouterConfig(scoring_func="sigmoid", top_k=8)
+    deepseek = RouterConfig(scoring_func="sigmoid", top_k=8, n_group=8, topk_group=4)
+    launches = []
+    for tokens in (1, 64, 8192):
+        launches += ahead.router_launches(kimi, 384, tokens, torch.bfloat16)
+        launches += ahead.router_launches(deepseek, 256, tokens, torch.float32)
+    assert require_fitting(launches, arch) == {"router_logits", "choose"}
+
+
+def test_every_shipped_configuration_compiles_and_fits(ahead: Any) -> None:
+    for path in SHIPPED.glob("*.json"):
+        table = read_table(path)
+        arch = DEVICES[table.device]
+        launches = []
+        for shape, measured in table.configs.items():
+            for tokens, one in measured.items():
+                launches += ahead.launches_of(shape, tokens, one.config, arch)
+        require_fitting(launches, arch)
