@@ -29,6 +29,10 @@ MODELS: Mapping[str, tuple[int, int, int, int, int, float]] = MappingProxyType(
 """Routed and shared experts, routed experts of a token, hidden size, width, routed_scaling_factor; from config.json."""
 
 
+FORMATS = ("bf16", "fp8_block", "int4_g32", "mxfp4")
+"""Of the stacks that are timed: what checkpoints of such models have, and the kernels multiply with bf16 tokens."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """One MoE layer of a known model on one rank of `tp_size`."""
@@ -46,11 +50,16 @@ class Model:
     @classmethod
     def of(cls, name: str, format_name: str, tp_size: int, *, fused: bool = True) -> Model:
         """The layer of a model of `MODELS`; raises `ValueError` for an unknown one or a width that does not divide."""
+        if format_name not in FORMATS:
+            raise ValueError(f"unknown format `{format_name}`; there are {', '.join(FORMATS)}")
         if name not in MODELS:
             raise ValueError(f"unknown shape `{name}`; there are {', '.join(MODELS)}")
         routed, shared, top_k, hidden, width, scaling = MODELS[name]
         if width % tp_size:
             raise ValueError(f"`{name}` has experts of width {width}, which {tp_size} ranks do not divide")
+        multiple = layout_of(load_rules().formats[format_name]).column_multiple
+        if width // tp_size % multiple:
+            raise ValueError(f"{tp_size} ranks leave `{name}` {width // tp_size} columns, no multiple of {multiple}")
         return cls(
             name=name,
             format=format_name,
