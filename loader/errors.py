@@ -61,6 +61,10 @@ class TableError(GatekeeperError):
     """A table of measured kernel configurations can't be used."""
 
 
+class BenchError(GatekeeperError):
+    """The kernels can't be timed here, or compute something else than the reference."""
+
+
 class VerificationError(GatekeeperError):
     """A loaded layer computes something else than the checkpoint says."""
 

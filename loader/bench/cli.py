@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from loader.bench.peers import Peer
     from loader.bench.problem import Model
     from loader.kernels.tuned import Table
 
@@ -40,7 +42,14 @@ def layer_options(command: F) -> F:
             metavar="NAME,…",
             help="Storage of the experts: bf16, fp8_block, int4_g32, mxfp4.",
         ),
-        click.option("--tp", "tp_size", default=1, show_default=True, help="Ranks that share each expert's width."),
+        click.option(
+            "--tp",
+            "tp_size",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            help="Ranks that share each expert's width.",
+        ),
         click.option("--shape", required=True, metavar="NAME", help="kimi-k2.5, deepseek-v3, glm-4.5, qwen3-30b-a3b."),
     ):
         command = option(command)
@@ -58,7 +67,7 @@ def layer_options(command: F) -> F:
     help="What benchmarks/peers/fetch.py made.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures to this file.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw them, log by log (needs matplotlib).")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw them into this file (needs matplotlib).")
 def bench_command(
     shape: str,
     tp_size: int,
@@ -75,15 +84,16 @@ def bench_command(
     The floor is the longer of one pass over the touched weights, by a kernel that only reads, and the arithmetic at
     this device's measured rate.
     """
-    counts, models = _numbers(tokens), _models(shape, formats, tp_size)
+    counts, models, chosen = _numbers(tokens), _models(shape, formats, tp_size), _peers(peers, peers_dir)
+    if plot is not None:
+        _require("matplotlib", "--plot draws with it; `pip install matplotlib`, or this package with its extra `bench`")
     _require_gpu()
-    from loader.bench.peers import peers_of
+    table = _table(tables)
     from loader.bench.report import Report, draw
     from loader.bench.run import points
     from loader.bench.timing import ceilings
 
-    chosen = peers_of(_names(peers), peers_dir)
-    limits, table = ceilings(), _table(tables)
+    limits = ceilings()
     report = Report.started(limits, " ".join(["moe-loader", *sys.argv[1:]]))
     click.echo(report.heading())
     for point in points(models, counts, limits=limits, table=table, peers=chosen):
@@ -142,19 +152,23 @@ def _numbers(text: str) -> list[int]:
 
 def _models(shape: str, formats: str, tp_size: int) -> list[Model]:
     from loader.bench.problem import Model
-    from loader.kernels.triton_formats import KINDS
 
-    models = []
-    for name in _names(formats):
-        if name not in KINDS:
-            raise click.UsageError(f"--format: the Triton kernels have no `{name}`; there are {', '.join(KINDS)}")
-        try:
-            models.append(Model.of(shape, name, tp_size))
-        except ValueError as error:
-            raise click.UsageError(f"--shape, --tp: {error}") from None
+    try:
+        models = [Model.of(shape, name, tp_size) for name in _names(formats)]
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     if not models:
         raise click.UsageError("--format takes at least one name")
     return models
+
+
+def _peers(peers: str, folder: Path) -> list[Peer]:
+    from loader.bench.peers import peers_of
+
+    try:
+        return peers_of(_names(peers), folder)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def _require_gpu() -> None:
@@ -162,10 +176,15 @@ def _require_gpu() -> None:
 
     if not torch.cuda.is_available():
         raise click.ClickException("there is no GPU here; kernels are timed where they run")
+    _require("triton", "the kernels are written in it; `pip install triton==3.6.0`")
+
+
+def _require(module: str, why: str) -> None:
+    """Say what to install before anything is measured."""
     try:
-        import triton  # noqa: F401  # only whether it is there
+        importlib.import_module(module)
     except ImportError:
-        raise click.ClickException("Triton is not installed here; `pip install triton==3.6.0`") from None
+        raise click.ClickException(f"{module} is not installed here: {why}") from None
 
 
 def _table(folder: Path | None) -> Table | None:

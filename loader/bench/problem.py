@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from gatekeeper import load_rules
-from loader.formats import layout_of
+from loader.formats import Layout, layout_of
 from loader.kernels import KERNELS
 from loader.kernels.configs import Shape
 from loader.moe import Experts
@@ -27,6 +28,10 @@ MODELS: Mapping[str, tuple[int, int, int, int, int, float]] = MappingProxyType(
     }
 )
 """Routed and shared experts, routed experts of a token, hidden size, width, routed_scaling_factor; from config.json."""
+
+
+FORMATS = ("bf16", "fp8_block", "int4_g32", "mxfp4")
+"""Of the stacks that are timed: what checkpoints of such models have, and the kernels multiply with bf16 tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +51,16 @@ class Model:
     @classmethod
     def of(cls, name: str, format_name: str, tp_size: int, *, fused: bool = True) -> Model:
         """The layer of a model of `MODELS`; raises `ValueError` for an unknown one or a width that does not divide."""
+        if format_name not in FORMATS:
+            raise ValueError(f"unknown format `{format_name}`; there are {', '.join(FORMATS)}")
         if name not in MODELS:
             raise ValueError(f"unknown shape `{name}`; there are {', '.join(MODELS)}")
         routed, shared, top_k, hidden, width, scaling = MODELS[name]
         if width % tp_size:
             raise ValueError(f"`{name}` has experts of width {width}, which {tp_size} ranks do not divide")
+        multiple = _layout(format_name).column_multiple
+        if width // tp_size % multiple:
+            raise ValueError(f"{tp_size} ranks leave `{name}` {width // tp_size} columns, no multiple of {multiple}")
         return cls(
             name=name,
             format=format_name,
@@ -90,11 +100,16 @@ class Problem:
     """int32; those of the shared slots are E, E + 1, ..."""
 
 
+@cache
+def _layout(format_name: str) -> Layout:
+    return layout_of(load_rules().formats[format_name])
+
+
 def random_experts(model: Model, device: torch.device | str, seed: int) -> Experts:
     """Stacked weights in `model.format`, as the loader would have them, with numbers of a trained layer's size."""
     with torch.device("meta"):
         experts = Experts(
-            layout_of(load_rules().formats[model.format]),
+            _layout(model.format),
             n_experts=model.n_routed + model.n_shared,
             hidden_size=model.hidden_size,
             width=model.width,

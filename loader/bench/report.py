@@ -2,15 +2,68 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loader.bench.run import Point
 from loader.bench.timing import Ceilings
+from loader.kernels.tuned import write_json
+
+
+@dataclass(slots=True, kw_only=True)
+class Point:
+    """One shape, format and number of tokens."""
+
+    shape: str
+    tp: int
+    format: str
+    tokens: int
+    floor_us: float
+    """The larger of one pass over the touched weights and the arithmetic at the measured rate."""
+    memory_us: float
+    arithmetic_us: float
+    ours_us: float
+    """Fused layout, experts only."""
+    ours_apart_us: float | None
+    """Routed slots, with the shared ones computed before them; None without shared ones."""
+    error: float
+    """Of ours from the reference."""
+    config: dict[str, Any]
+    measured: bool
+    """Whether the configuration is of a table; else it was counted."""
+    peers: dict[str, float] = field(default_factory=dict)
+    """Microseconds by name."""
+    absent: dict[str, str] = field(default_factory=dict)
+    """Peers that did not run, and why."""
+
+    @property
+    def ours_over_floor(self) -> float:
+        """Of the faster of the two ways."""
+        return self.best_us / self.floor_us
+
+    @property
+    def best_us(self) -> float:
+        """Of the faster of the two ways, which a layer takes by its number of tokens."""
+        return min(self.ours_us, self.ours_apart_us or self.ours_us)
+
+    def as_json(self) -> dict[str, Any]:
+        """Flat, with each peer's time under its own name."""
+        fields = ("shape", "tp", "format", "tokens", "ours_us", "floor_us", "ours_over_floor", "ours_apart_us", "error")
+        answer = {name: _rounded(getattr(self, name)) for name in fields}
+        answer |= {"memory_us": _rounded(self.memory_us), "arithmetic_us": _rounded(self.arithmetic_us)}
+        answer |= {f"{name}_us": _rounded(value) for name, value in self.peers.items()}
+        return answer | {"absent": self.absent, "config": self.config, "measured": self.measured}
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line of a sensible length; its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,9 +95,8 @@ class Report:
         }
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
+        """Write it as JSON, whole or not at all."""
+        write_json(path, self.as_json())
 
     def heading(self) -> str:
         """The device, its ceilings and the columns' names."""
@@ -76,6 +128,10 @@ class Report:
         return [f"{text} ({len(points)} of {len(self.points)} points)" for text, points in found.items()]
 
 
+MARKERS = "sD^vPX<>"
+"""Of the peers, in the order in which they occur; each keeps its own in all panels."""
+
+
 def draw(report: Report, path: Path) -> None:
     """A panel for each shape and format: time over tokens on two logarithmic axes, the floor below all lines."""
     import matplotlib
@@ -86,23 +142,31 @@ def draw(report: Report, path: Path) -> None:
     panels: dict[tuple[str, int, str], list[Point]] = {}
     for point in report.points:
         panels.setdefault((point.shape, point.tp, point.format), []).append(point)
+    peers = list(dict.fromkeys(name for point in report.points for name in point.peers))
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(6 * len(panels), 5), squeeze=False, sharey=True, layout="constrained"
+        1, len(panels), figsize=(3 + 5 * len(panels), 6), squeeze=False, sharey=True, layout="constrained"
     )
     for axis, ((shape, tp, format_name), points) in zip(axes[0], panels.items(), strict=True):
-        tokens = [point.tokens for point in points]
-        floors = [point.floor_us for point in points]
-        axis.fill_between(tokens, [min(floors) / 10] * len(tokens), floors, color="0.9", label="below the floor")
-        axis.plot(tokens, floors, color="0.5", linestyle="--", label="floor")
-        axis.plot(tokens, [point.best_us for point in points], color="C0", marker="o", linewidth=2, label="ours")
-        for n, name in enumerate(dict.fromkeys(name for point in points for name in point.peers)):
+        points = sorted(points, key=lambda point: point.tokens)
+        tokens, floors = [point.tokens for point in points], [point.floor_us for point in points]
+        axis.set(xscale="log", yscale="log", title=f"{shape}, tp {tp}, {format_name}", xlabel="tokens of a call")
+        axis.fill_between(tokens, 0.1, floors, color="0.9", zorder=0)
+        axis.plot(tokens, floors, color="0.4", linestyle="--", marker="_", label="floor")
+        for n, name in enumerate(peers):
             some = [(point.tokens, point.peers[name]) for point in points if name in point.peers]
-            axis.plot(*zip(*some, strict=True), color=f"C{n + 1}", marker=".", label=name)
-        axis.set(xscale="log", yscale="log", title=f"{shape}, tp {tp}, {format_name}", xlabel="tokens")
-        axis.set_ylim(bottom=min(floors) / 2)
-        axis.grid(visible=True, which="major", alpha=0.3)
-        axis.legend()
+            marker, color = MARKERS[n % len(MARKERS)], f"C{1 + n % 9}"
+            # Also where it has no point, so that the figure's legend has everybody, whichever panel it is of.
+            axis.plot(*(zip(*some, strict=True) if some else ([], [])), color=color, marker=marker, label=name)
+        axis.plot(tokens, [point.best_us for point in points], color="C0", marker="o", linewidth=2.5, label="ours")
+        axis.set_xticks(tokens, [str(count) for count in tokens], rotation=45)
+        axis.set_xticks([], minor=True)
+        axis.grid(visible=True, which="major", alpha=0.4)
+        axis.grid(visible=True, which="minor", axis="y", alpha=0.15)
+    times = [us for point in report.points for us in (point.floor_us, point.best_us, *point.peers.values())]
+    axes[0][0].set_ylim(min(times) / 1.5, max(times) * 1.5)
+    axes[0][0].yaxis.set_major_formatter("{x:g}")
     axes[0][0].set_ylabel("microseconds of one layer's experts")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(f"{report.device}, torch {report.versions['torch']}, Triton {report.versions['triton']}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

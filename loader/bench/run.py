@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +11,10 @@ from torch import Tensor
 from loader.bench import ours
 from loader.bench.peers import Peer, Unavailable
 from loader.bench.problem import Model, Problem, problems, random_experts
-from loader.bench.timing import Ceilings, microseconds, probe
-from loader.kernels.configs import Shape, default
+from loader.bench.report import Point, first_line
+from loader.bench.timing import Ceilings, microseconds, probe, settle
+from loader.errors import BenchError
+from loader.kernels.configs import Config, Shape, default
 from loader.kernels.eager import eager
 from loader.kernels.triton_backend import dense_shape, routed_shape
 from loader.kernels.triton_layer import multiprocessors
@@ -28,55 +29,6 @@ CHECKED_TOKENS = 64
 TOUCHED_BYTES = 512 << 20
 """What the calls of one graph read together at least: ten times the cache of the largest device."""
 MOST_LAYER_BYTES = 24 << 30
-
-
-@dataclass(slots=True, kw_only=True)
-class Point:
-    """One shape, format and number of tokens."""
-
-    shape: str
-    tp: int
-    format: str
-    tokens: int
-    floor_us: float
-    """The larger of one pass over the touched weights and the arithmetic at the measured rate."""
-    memory_us: float
-    arithmetic_us: float
-    ours_us: float
-    """Fused layout, experts only."""
-    ours_apart_us: float | None
-    """Routed slots, with the shared ones computed before them; None without shared ones."""
-    error: float
-    """Of ours from the reference."""
-    config: dict[str, Any]
-    measured: bool
-    """Whether the configuration is of a table; else it was counted."""
-    peers: dict[str, float] = field(default_factory=dict)
-    """Microseconds by name."""
-    absent: dict[str, str] = field(default_factory=dict)
-    """Peers that did not run, and why."""
-
-    @property
-    def ours_over_floor(self) -> float:
-        """Of the faster of the two ways."""
-        return self.best_us / self.floor_us
-
-    @property
-    def best_us(self) -> float:
-        """Of the faster of the two ways, which a layer takes by its number of tokens."""
-        return min(self.ours_us, self.ours_apart_us or self.ours_us)
-
-    def as_json(self) -> dict[str, Any]:
-        """Flat, with each peer's time under its own name."""
-        fields = ("shape", "tp", "format", "tokens", "ours_us", "floor_us", "ours_over_floor", "ours_apart_us", "error")
-        answer = {name: _rounded(getattr(self, name)) for name in fields}
-        answer |= {"memory_us": _rounded(self.memory_us), "arithmetic_us": _rounded(self.arithmetic_us)}
-        answer |= {f"{name}_us": _rounded(value) for name, value in self.peers.items()}
-        return answer | {"absent": self.absent, "config": self.config, "measured": self.measured}
-
-
-def _rounded(value: Any) -> Any:
-    return round(value, 4) if isinstance(value, float) else value
 
 
 def layers_of(model: Model, device: str, seed: int) -> list[Experts]:
@@ -114,12 +66,12 @@ def measure(
     peers: Sequence[Peer] = (),
     seed: int = 0,
 ) -> Point:
-    """One point; raises `ValueError` where ours is further from the reference than its format allows."""
+    """One point; raises `BenchError` where ours is further from the reference than its format allows."""
     some = problems_of(model, layers, tokens, seed)
     device = some[0].x_TD.device
     processors = multiprocessors(device)
 
-    def configured(shape: Shape) -> tuple[Any, bool]:
+    def configured(shape: Shape) -> tuple[Config, bool]:
         found = None if table is None else table.config(shape, tokens)
         return found or default(shape, tokens, processors), found is not None
 
@@ -135,13 +87,11 @@ def measure(
     apart = None
     if model.n_shared:
         shape = model.shape
-        routed, _ = configured(routed_shape(_with_top_k(shape, model.top_k), model.n_shared))
+        routed, _ = configured(routed_shape(replace(shape, top_k=model.top_k), model.n_shared))
         shared, _ = configured(dense_shape(shape, model.n_shared))
         split = [ours.split_call(problem, routed, shared) for problem in some]
         _require_close(split[0](), reference, allowed, "ours, apart")
         apart = microseconds(split)
-    from dataclasses import asdict
-
     point = Point(
         shape=model.name,
         tp=model.tp_size,
@@ -163,16 +113,10 @@ def measure(
             point.peers[peer.name] = microseconds(calls)
         except Unavailable as reason:
             point.absent[peer.name] = str(reason)
-        except (RuntimeError, ValueError) as failure:
-            point.absent[peer.name] = f"failed: {str(failure).splitlines()[0][:200]}"
-            torch.cuda.synchronize()
+        except Exception as failure:  # noqa: BLE001  # theirs, which may raise anything and stops nobody else's run
+            point.absent[peer.name] = f"failed: {first_line(failure)}"
+            settle()
     return point
-
-
-def _with_top_k(shape: Shape, top_k: int) -> Shape:
-    from dataclasses import replace
-
-    return replace(shape, top_k=top_k)
 
 
 def _reference(problem: Problem) -> Callable[[Tensor], float]:
@@ -189,7 +133,7 @@ def _reference(problem: Problem) -> Callable[[Tensor], float]:
 def _require_close(actual: Tensor, error_of: Callable[[Tensor], float], allowed: float, who: str) -> float:
     error = error_of(actual)
     if not error <= allowed:
-        raise ValueError(f"{who} is {error:.3g} off the reference, allowed are {allowed}")
+        raise BenchError(f"{who} is {error:.3g} off the reference, allowed are {allowed}")
     return error
 
 

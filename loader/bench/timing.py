@@ -36,6 +36,12 @@ def microseconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) 
     return statistics.median(times) / (repeats * len(calls)) * 1e3
 
 
+def settle() -> None:
+    """Wait for the device, so that what failed there is over; nothing where there is none."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def _elapsed(call: Callable[[], object]) -> float:
     """Milliseconds by the device's clock."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -89,8 +95,10 @@ def _median(call: Callable[[], object]) -> float:
     return statistics.median(_elapsed(call) for _ in range(10))
 
 
-def probe(parameters: Sequence[Tensor], slots: Tensor) -> Callable[[], object]:
+def probe(parameters: Sequence[Tensor], slots: Tensor) -> Callable[[], Tensor]:
     """A call that reads all of these slots of these parameters once, in one launch: what a pass over memory costs.
+
+    It gives the largest word of each tile, as int32.
 
     `parameters` are stacked ``(E, ...)``; `slots` are distinct, int64.
     """
@@ -105,9 +113,10 @@ def probe(parameters: Sequence[Tensor], slots: Tensor) -> Callable[[], object]:
     out = torch.empty(sum(tiles) * len(slots), dtype=torch.int32, device=slots.device)
     ids = slots.int()
 
-    def read() -> object:
-        return read_slots[(sum(tiles), len(ids))](
+    def read() -> Tensor:
+        read_slots[(sum(tiles), len(ids))](
             words[0], words[1], ids, out, words[0].shape[1], words[1].shape[1], tiles[0], BLOCK=block, num_warps=8
         )
+        return out
 
     return read

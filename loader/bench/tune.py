@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from loader.bench import ours
 from loader.bench.candidates import candidates, tiles
 from loader.bench.problem import Problem
-from loader.bench.timing import microseconds
+from loader.bench.report import first_line
+from loader.bench.timing import microseconds, settle
+from loader.errors import BenchError
 from loader.kernels.configs import Config, Shape
 from loader.kernels.triton_layer import multiprocessors
 
@@ -49,17 +49,24 @@ def search(
 
     `start` is tried before all others; `most` configurations are tried in each of three rounds: skeletons, tiles of
     gate_up, tiles of down, the latter two drawn at random where there are more. `done` is called after each. Raises
-    `RuntimeError` where none runs at all.
+    `BenchError` where none runs at all.
     """
     device, tokens = problems[0].x_TD.device, len(problems[0].x_TD)
     draw = random.Random(seed)
     times: dict[Config, float] = {}
+    reason = ""
 
     def round_of(configs: Iterable[Config]) -> Config:
+        nonlocal reason
         fresh = [config for config in dict.fromkeys(configs) if config not in times]
         _compile(problems[0], fresh)
         for config in fresh:
-            times[config] = _time(problems, config)
+            try:
+                times[config] = microseconds([ours.call(problem, config) for problem in problems], replays=5)
+            except Exception as error:  # noqa: BLE001  # Triton has one for each way a kernel can be too large
+                log.debug("%s does not run: %s", config, error)
+                times[config], reason = math.inf, first_line(error)
+                settle()
             done()
         return min(times, key=lambda config: times[config])
 
@@ -69,23 +76,13 @@ def search(
         chosen = draw.sample(others, min(most, len(others)))
         best = round_of([_with(best, half, each) for each in chosen])
     if math.isinf(times[best]):
-        raise RuntimeError(f"no configuration runs for {shape} with {tokens} tokens")
+        raise BenchError(f"of {len(times)} configurations none runs for {shape} with {tokens} tokens: {reason}")
     ran = sum(math.isfinite(each) for each in times.values())
     return Best(config=best, microseconds=times[best], tried=ran, failed=len(times) - ran)
 
 
 def _with(config: Config, half: str, tiles_: Any) -> Config:
     return replace(config, gate_up=tiles_) if half == "gate_up" else replace(config, down=tiles_)
-
-
-def _time(problems: Sequence[Problem], config: Config) -> float:
-    """Microseconds; infinite for a configuration that the device can't run."""
-    try:
-        return microseconds([ours.call(problem, config) for problem in problems], replays=5)
-    except Exception as error:  # noqa: BLE001  # Triton has an exception for each way a kernel can be too large
-        log.debug("%s does not run: %s", config, error)
-        torch.cuda.synchronize()
-        return math.inf
 
 
 def _compile(problem: Problem, configs: Sequence[Config]) -> None:

@@ -28,9 +28,9 @@ def tune(
     until: float | None,
     say: Callable[[str], object],
 ) -> bool:
-    """Search for whatever of `models` and `tokens` the device's table in `folder` has not; False if `until` passed.
+    """Search for whatever of `models` and `tokens` the device's table in `folder` has not, and save after each find.
 
-    The table is saved after each find.
+    False, and `say` says so, where `until` passed before all of it was there.
     """
     import triton
 
@@ -46,9 +46,9 @@ def tune(
         layers = layers_of(model, "cuda", 0)
         for count in missing:
             if until is not None and time.monotonic() > until:
+                say(f"the time is up; what was found is in {path}, and the same command goes on from there")
                 return False
-            say(_tune_one(table, model, problems_of(model, layers, count, 0), most))
-            table.save(path)
+            say(_tune_one(table, model, problems_of(model, layers, count, 0), most, lambda: table.save(path)))
         del layers
         torch.cuda.empty_cache()
     return True
@@ -63,24 +63,28 @@ def _shapes(model: Model) -> list[Shape]:
 
 
 def _is_complete(table: Table, model: Model, tokens: int) -> bool:
-    return all(tokens in table.configs.get(shape, {}) for shape in _shapes(model))
+    found = [table.configs.get(shape, {}).get(tokens) for shape in _shapes(model)]
+    compared = found[0] is not None and (not model.n_shared or found[0].apart_microseconds is not None)
+    return compared and None not in found
 
 
-def _tune_one(table: Table, model: Model, problems: Sequence[Problem], most: int) -> str:
-    tokens = len(problems[0].x_TD)
-    found: list[Config] = []
-    took: list[float] = []
-    for shape, some in zip(_shapes(model), _parts(model, problems), strict=True):
-        best = search(some, shape, most=most if not found else max(4, most // 3), start=found[:1])
-        found.append(best.config)
-        took.append(best.microseconds)
-        _note(table, shape, Measured(tokens=tokens, microseconds=round(best.microseconds, 3), config=best.config))
-    text = f"{model.name} tp {model.tp_size} {model.format}, {tokens} tokens: {took[0]:.1f} us"
-    if len(found) == 1:
+def _tune_one(table: Table, model: Model, problems: Sequence[Problem], most: int, save: Callable[[], object]) -> str:
+    shapes, tokens = _shapes(model), len(problems[0].x_TD)
+    start: list[Config] = []
+    for shape, some in zip(shapes, _parts(model, problems), strict=True):
+        if tokens not in table.configs.get(shape, {}):
+            best = search(some, shape, most=max(4, most // 3) if start else most, start=start)
+            _note(table, shape, Measured(tokens=tokens, microseconds=round(best.microseconds, 3), config=best.config))
+            save()
+        start = start or [table.configs[shape][tokens].config]
+    fused, *halves = (table.configs[shape][tokens] for shape in shapes)
+    text = f"{model.name} tp {model.tp_size} {model.format}, {tokens} tokens: {fused.microseconds:.1f} us"
+    if not halves:
         return text
-    apart = microseconds([ours.split_call(problem, found[1], found[2]) for problem in problems])
-    fused = table.configs[model.shape][tokens]
+    routed, shared = (half.config for half in halves)
+    apart = microseconds([ours.split_call(problem, routed, shared) for problem in problems])
     _note(table, model.shape, replace(fused, apart_microseconds=round(apart, 3)))
+    save()
     return f"{text}, {apart:.1f} with the shared slots on their own"
 
 

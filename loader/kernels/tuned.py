@@ -71,14 +71,8 @@ class Table:
         return first if compared else None
 
     def save(self, path: Path) -> None:
-        """Write the table; a reader sees the old one or the new one, never a part."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        """Write the table, whole or not at all."""
+        write_json(path, self.as_json())
 
     def as_json(self) -> dict[str, Any]:
         """What `read_table` reads."""
@@ -95,6 +89,17 @@ class Table:
                 for shape in shapes
             ],
         }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file of JSON; a reader sees the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def file_name(device: str) -> str:

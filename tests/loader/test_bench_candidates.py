@@ -1,0 +1,84 @@
+"""What a search may try: settings that a table takes, that fit a thread block, and each of them once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from loader.bench.candidates import SHARED_BYTES, candidates, tiles
+from loader.bench.problem import FORMATS, Model
+from loader.kernels.configs import Config, Shape, Tiles, default
+from loader.kernels.tuned import SCHEMA, Measured, Table
+
+VALIDATOR = Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+WEIGHT_BITS = {"bf16": 16, "fp8_block": 8, "int4_g32": 4, "mxfp4": 4}
+TOKENS = [1, 4, 5, 8, 9, 64, 1024, 8192]
+
+
+def shapes(format_name: str) -> list[Shape]:
+    """Wide and narrow stacks as models have them, and two that are no multiples of any tile."""
+    known = [("kimi-k2.5", 8), ("deepseek-v3", 1), ("qwen3-30b-a3b", 8), ("glm-4.5", 1)]
+    fused = [Model.of(name, format_name, tp_size).shape for name, tp_size in known]
+    odd = {"format": format_name, "top_k": 1}
+    return [
+        *fused,
+        replace(fused[0], n_slots=384, top_k=8),
+        replace(fused[0], n_slots=1, top_k=1),
+        Shape(**odd, n_slots=2, hidden_size=64, width=32),
+        Shape(**odd, n_slots=32, hidden_size=2880, width=96),
+    ]
+
+
+def require_valid(shape: Shape, configs: list[Config]) -> None:
+    measured = {n: Measured(tokens=n, microseconds=1.0, config=config) for n, config in enumerate(configs, 1)}
+    VALIDATOR.validate(Table(device="NVIDIA H200", versions={}, configs={shape: measured}).as_json())
+
+
+def staged_bytes(shape: Shape, block_m: int, rows: int, cut: Tiles) -> int:
+    """What the stages of one product keep in shared memory: weights as they are stored, and bf16 tokens."""
+    return cut.stages * cut.block_c * (rows * WEIGHT_BITS[shape.format] + block_m * 16) // 8
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_each_way_to_walk_a_layer_fits_a_table_and_the_device(format_name: str, tokens: int) -> None:
+    for shape in shapes(format_name):
+        found = candidates(shape, tokens, 132)
+        assert found[0] == default(shape, tokens, 132)
+        assert len(set(found)) == len(found)
+        require_valid(shape, found)
+        assert not any(config.by_token for config in found) or tokens <= 8
+        for config in found:
+            for rows, cut in ((2 * config.gate_up.block_n, config.gate_up), (config.down.block_n, config.down)):
+                assert staged_bytes(shape, config.block_m, rows, cut) <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_tiles_fit_a_table_and_the_device(format_name: str) -> None:
+    for shape in shapes(format_name):
+        for tokens in (1, 64, 8192):
+            for config in candidates(shape, tokens, 132):
+                for half, rows in (("gate_up", 2), ("down", 1)):
+                    found = tiles(shape, config, half)
+                    assert found
+                    assert len(set(found)) == len(found)
+                    assert max(staged_bytes(shape, config.block_m, rows * t.block_n, t) for t in found) <= SHARED_BYTES
+                    # Float32 accumulators of a thread, of its 255 registers.
+                    assert max(rows * t.block_n * config.block_m // (32 * t.warps) for t in found) <= 128
+            changed = [replace(config, gate_up=t) for t in tiles(shape, config, "gate_up")]
+            require_valid(shape, changed)
+
+
+def test_blocks_of_tokens_are_about_an_experts_share() -> None:
+    shape = Model.of("kimi-k2.5", "bf16", 8).shape
+    assert {config.block_m for config in candidates(shape, 1, 132)} == {16}
+    assert {config.block_m for config in candidates(shape, 8192, 132)} >= {32, 64, 128}
+
+
+def test_numbers_of_a_scales_block_are_one_step() -> None:
+    shape = Model.of("kimi-k2.5", "fp8_block", 8).shape
+    for half in ("gate_up", "down"):
+        assert {each.block_c for each in tiles(shape, default(shape, 64, 132), half)} == {128}

@@ -1,0 +1,174 @@
+"""A point of the bench under Triton's interpreter, with a clock of our own: what is compared before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loader.bench.peers import Unavailable, peers_of
+from loader.bench.problem import Problem, random_experts
+from loader.errors import BenchError
+from loader.kernels.configs import default
+from loader.kernels.tuned import Measured, Table
+from tests.loader.bench_fakes import CEILINGS, model
+
+pytestmark = pytest.mark.kernels
+
+
+class Clock:
+    """Stands for `microseconds`: each question is answered with the next number, nothing is run."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __call__(self, calls: Any) -> float:
+        self.asked.append(len(calls))
+        return 10.0 * len(self.asked)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`loader.bench.run` with two problems a point, on the CPU."""
+    from loader.bench import run
+
+    monkeypatch.setattr(run, "TOUCHED_BYTES", 1)
+    monkeypatch.setattr(run, "microseconds", Clock())
+    # As test_kernels.py has it: the interpreter cuts E4M3 off where a device rounds.
+    monkeypatch.setattr(run, "ACCURACY", {"fp8_block": 0.12})
+    monkeypatch.setattr(run, "probe", lambda parameters, slots: None)
+    return run
+
+
+def measure(bench: Any, tokens: int = 3, *, table: Table | None = None, peers: Any = (), **other: Any) -> Any:
+    of = model(**other)
+    layers = [random_experts(of, "cpu", seed) for seed in (0, 1)]
+    return bench.measure(of, layers, tokens, limits=CEILINGS, table=table, peers=peers)
+
+
+class Stub:
+    """A peer that does what it is told."""
+
+    name, accuracy = "stub", 0.02
+
+    def __init__(self, prepare: Callable[[Problem], Callable[[], Tensor]]) -> None:
+        self.prepare = prepare
+
+    def __call__(self, problem: Problem) -> Callable[[], Tensor]:
+        return self.prepare(problem)
+
+
+@pytest.mark.parametrize("format_name", ["bf16", "fp8_block", "int4_g32", "mxfp4"])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_point_of_each_format(bench: Any, format_name: str, tokens: int) -> None:
+    found = measure(bench, tokens, format_name=format_name)
+    assert found.error <= (0.12 if format_name == "fp8_block" else 0.02)
+    assert bench.microseconds.asked == [2, 2, 2]
+    assert (found.memory_us, found.ours_apart_us, found.ours_us) == (10.0, 20.0, 30.0)
+    assert (found.floor_us, found.ours_over_floor) == (10.0, 2.0)
+    assert not found.measured
+    rate = CEILINGS.fp8_flops if format_name == "fp8_block" else CEILINGS.bf16_flops
+    assert found.arithmetic_us == pytest.approx(2 * tokens * 3 * 3 * 64 * 32 / rate * 1e6)
+
+
+def test_a_layer_without_shared_experts_goes_one_way(bench: Any) -> None:
+    found = measure(bench, n_shared=0)
+    assert found.ours_apart_us is None
+    assert (found.floor_us, found.ours_us, found.ours_over_floor) == (10.0, 20.0, 2.0)
+
+
+def test_settings_of_a_table_are_used_and_said(bench: Any) -> None:
+    shape = model().shape
+    config = replace(default(shape, 3, 1), splits=2)
+    table = Table(device="NVIDIA H200", versions={})
+    table.configs[shape] = {4: Measured(tokens=4, microseconds=1.0, config=config)}
+    found = measure(bench, table=table)
+    assert found.measured
+    assert found.config == asdict(config)
+
+
+@pytest.mark.parametrize("half", ["call", "split_call"])
+def test_a_wrong_kernel_is_refused_before_it_is_timed(bench: Any, monkeypatch: pytest.MonkeyPatch, half: str) -> None:
+    right = getattr(bench.ours, half)
+
+    def wrong(problem: Problem, *configs: Any) -> Callable[[], Tensor]:
+        return lambda: right(problem, *configs)() * 1.1
+
+    monkeypatch.setattr(bench.ours, half, wrong)
+    with pytest.raises(BenchError, match=r"^ours.* is 0\.\d+ off the reference, allowed are"):
+        measure(bench)
+    assert len(bench.microseconds.asked) < 2
+
+
+def test_a_kernel_that_gives_no_numbers_is_refused(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.ours, "call", lambda problem, config: lambda: torch.full_like(problem.x_TD, torch.nan))
+    with pytest.raises(BenchError, match="ours is nan off the reference"):
+        measure(bench)
+
+
+def test_a_peer_that_is_right_is_timed_on_as_many_layers(bench: Any) -> None:
+    found = measure(bench, peers=peers_of(["torch-grouped_mm"]))
+    assert found.peers == {"torch-grouped_mm": 40.0}
+    assert found.absent == {}
+
+
+def test_a_peer_that_is_wrong_is_listed_and_not_timed(bench: Any) -> None:
+    (right,) = peers_of(["torch-grouped_mm"])
+
+    def wrong(problem: Problem) -> Callable[[], Tensor]:
+        call = right(problem)
+        return lambda: call() * 1.1
+
+    found = measure(bench, peers=[Stub(wrong)])
+    assert found.peers == {}
+    assert found.absent["stub"].startswith("failed: stub is 0.")
+    assert len(bench.microseconds.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (Unavailable("needs sm80"), "needs sm80"),
+        (RuntimeError("out of memory\nmore"), "failed: out of memory"),
+        (RuntimeError(), "failed: RuntimeError"),
+        (AssertionError("hidden size"), "failed: hidden size"),
+        (KeyError("w13"), "failed: 'w13'"),
+    ],
+)
+def test_a_peer_that_fails_is_listed_and_the_others_go_on(bench: Any, error: Exception, says: str) -> None:
+    def fail(problem: Problem) -> Callable[[], Tensor]:
+        raise error
+
+    found = measure(bench, peers=[Stub(fail), *peers_of(["torch-grouped_mm"])])
+    assert found.absent == {"stub": says}
+    assert found.peers.keys() == {"torch-grouped_mm"}
+
+
+def test_calls_are_made_until_they_read_more_than_a_cache_holds(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = model()
+    layers = [random_experts(of, "cpu", seed) for seed in (0, 1)]
+    slot = 3 * 64 * 32 * 2
+    one = bench.problems_of(of, layers, 1, 0)
+    assert len(one) == 2
+    assert [bench.touched_bytes(problem) for problem in one] == [3 * slot] * 2
+    monkeypatch.setattr(bench, "TOUCHED_BYTES", 7 * 3 * slot)
+    more = bench.problems_of(of, layers, 1, 0)
+    assert len(more) == 8
+    assert len({tuple(problem.topk_ids_TK.flatten().tolist()) for problem in more}) > 2
+    monkeypatch.setattr(bench, "TOUCHED_BYTES", 1 << 60)
+    assert len(bench.problems_of(of, layers, 1, 0)) == 64
+
+
+def test_the_probe_reads_what_is_touched() -> None:
+    """Every word of the chosen slots, and none of another."""
+    from loader.bench.timing import probe
+
+    first = torch.zeros(4, 3, 7000, dtype=torch.int32)
+    second = torch.zeros(4, 5, 11, dtype=torch.int32)
+    first[2, 2, 6999], second[2, 4, 10], first[1, 0, 0] = 7, 8, 99
+    found = probe([second, first], torch.tensor([0, 2]))()
+    assert sorted(found.tolist())[-2:] == [7, 8]

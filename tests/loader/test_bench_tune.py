@@ -1,0 +1,304 @@
+"""The search for settings and the table that it fills, with a clock of our own; nothing is run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from loader.bench import cli
+from loader.bench.candidates import candidates
+from loader.bench.problem import Model, problems, random_experts
+from loader.errors import BenchError, TableError
+from loader.kernels.configs import Config, Shape, Tiles, default
+from loader.kernels.tuned import Measured, Table, file_name, read_table
+from tests.loader.bench_fakes import model
+
+pytestmark = pytest.mark.kernels
+DEVICE = "NVIDIA H200"
+
+
+class Clock:
+    """Stands for `microseconds`: the time of a configuration is `cost` of it; it notes whom it was asked of."""
+
+    def __init__(self, cost: Callable[[Config], float]) -> None:
+        self.cost, self.asked = cost, []  # type: tuple[Callable[[Config], float], list[Config]]
+
+    def __call__(self, calls: Any, replays: int = 9) -> float:
+        (config,) = set(calls)
+        self.asked.append(config)
+        return self.cost(config)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`loader.bench.tune`, in which a call is its configuration, and compiling is nothing."""
+    from loader.bench import tune
+
+    monkeypatch.setattr(tune, "_compile", lambda problem, configs: None)
+    monkeypatch.setattr(tune.ours, "call", lambda problem, config: config)
+    return tune
+
+
+def one_problem(tokens: int = 16, **other: Any) -> Any:
+    of = model(**other)
+    return problems(of, [random_experts(of, "cpu", 0)], tokens, 0)
+
+
+def distance(config: Config, goal: Config) -> float:
+    """Grows with each setting that is another than the goal's."""
+    return (
+        1.0
+        + sum(
+            abs(math.log2(getattr(a, name) / getattr(b, name)))
+            for a, b in ((config.gate_up, goal.gate_up), (config.down, goal.down))
+            for name in ("block_n", "block_c", "warps", "stages")
+        )
+        + 10 * abs(math.log2(config.block_m / goal.block_m))
+    )
+
+
+GOAL = Config(
+    block_m=32,
+    gate_up=Tiles(block_n=64, block_c=128, warps=8, stages=3),
+    down=Tiles(block_n=128, block_c=64, warps=4, stages=2),
+)
+SHAPE = Shape(format="bf16", n_slots=385, hidden_size=7168, width=256, top_k=9)
+
+
+def test_the_planted_best_is_found(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(lambda config: distance(config, GOAL))
+    monkeypatch.setattr(bench, "microseconds", clock)
+    done: list[None] = []
+    best = bench.search(one_problem(2048), SHAPE, most=1000, done=lambda: done.append(None))
+    assert (best.config, best.microseconds) == (GOAL, 1.0)
+    assert len(set(clock.asked)) == len(clock.asked) == best.tried == len(done)
+    assert best.failed == 0
+
+
+def test_a_start_is_tried_first_and_kept_where_nothing_is_better(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = replace(GOAL, gate_up=replace(GOAL.gate_up, block_n=512))  # no search would come upon it
+    clock = Clock(lambda config: 1.0 if config == start else 2.0)
+    monkeypatch.setattr(bench, "microseconds", clock)
+    best = bench.search(one_problem(2048), SHAPE, most=4, start=[start])
+    assert clock.asked[0] == best.config == start
+    assert clock.asked[1] == default(SHAPE, 2048, 1)
+    assert len(clock.asked) <= 1 + 3 * 4
+
+
+def test_a_search_is_the_same_each_time(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = []
+    for seed in (0, 0, 1):
+        clocks.append(Clock(lambda config: distance(config, GOAL)))
+        monkeypatch.setattr(bench, "microseconds", clocks[-1])
+        bench.search(one_problem(2048), SHAPE, most=6, seed=seed)
+    assert clocks[0].asked == clocks[1].asked != clocks[2].asked
+
+
+def test_what_does_not_run_is_passed_over(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cost(config: Config) -> float:
+        if config.block_m == GOAL.block_m and config.gate_up.stages > 2:
+            raise RuntimeError("out of resource: shared memory")
+        return distance(config, GOAL)
+
+    clock = Clock(cost)
+    monkeypatch.setattr(bench, "microseconds", clock)
+    best = bench.search(one_problem(2048), SHAPE, most=1000)
+    assert math.isfinite(best.microseconds)
+    assert best.failed > 0
+    assert best.tried + best.failed == len(clock.asked)
+
+
+def test_where_nothing_runs_is_an_error_with_the_reason(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: Config) -> float:
+        raise RuntimeError("out of resource: shared memory\nand so on")
+
+    monkeypatch.setattr(bench, "microseconds", Clock(fail))
+    says = r"of \d+ configurations none runs for Shape\(.*with 16 tokens: out of resource: shared memory$"
+    with pytest.raises(BenchError, match=says):
+        bench.search(one_problem(), model().shape, most=3)
+
+
+def test_what_stops_the_program_is_not_passed_over(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(config: Config) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "microseconds", Clock(stop))
+    with pytest.raises(KeyboardInterrupt):
+        bench.search(one_problem(), model().shape)
+
+
+class Searches:
+    """Stands for `search`: counts, and finds the first candidate; `failing` is the number of the one that fails."""
+
+    def __init__(self, failing: int | None = None) -> None:
+        self.of: list[tuple[Shape, int]] = []
+        self.starts: list[list[Config]] = []
+        self.saved: list[int] = []
+        self.failing = failing
+        self.path = Path()
+
+    def __call__(self, some: Any, shape: Shape, *, most: int, start: list[Config]) -> Any:
+        from loader.bench.tune import Best
+
+        if self.path.exists():
+            self.saved.append(sum(len(each) for each in read_table(self.path).configs.values()))
+        if len(self.of) == self.failing:
+            raise BenchError("of 3 configurations none runs")
+        tokens = len(some[0].x_TD)
+        assert some[0].topk_ids_TK.shape[1] == shape.top_k
+        self.of.append((shape, tokens))
+        self.starts.append(start)
+        found = candidates(shape, tokens, 132)[0]
+        return Best(config=found, microseconds=10.0 * tokens + len(self.of), tried=most, failed=0)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """`tune` of small models on the CPU, with searches that find at once; what it said and what they did."""
+    from loader.bench import tuning
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: DEVICE)
+    monkeypatch.setattr(tuning, "layers_of", lambda of, device, seed: [random_experts(of, "cpu", seed)])
+    monkeypatch.setattr(tuning, "problems_of", problems)
+    monkeypatch.setattr(tuning, "microseconds", lambda calls: 25.5)
+
+    def go(
+        models: list[Model], tokens: list[int], *, until: float | None = None, failing: int | None = None
+    ) -> tuple[bool, list[str], Searches]:
+        said: list[str] = []
+        searches = Searches(failing)
+        searches.path = tmp_path / file_name(DEVICE)
+        monkeypatch.setattr(tuning, "search", searches)
+        done = tuning.tune(models, tokens, folder=tmp_path, most=9, until=until, say=said.append)
+        return done, said, searches
+
+    return go
+
+
+def table(folder: Path) -> Table:
+    return read_table(folder / file_name(DEVICE), DEVICE)
+
+
+def test_a_table_gets_the_stack_and_its_halves(run: Callable[..., Any], tmp_path: Path) -> None:
+    of = model()
+    done, said, searches = run([of], [1, 16])
+    assert done
+    routed, shared = replace(of.shape, n_slots=6, top_k=2), replace(of.shape, n_slots=1, top_k=1)
+    assert searches.of == [(shape, tokens) for tokens in (1, 16) for shape in (of.shape, routed, shared)]
+    assert searches.starts[0] == []
+    assert searches.starts[1] == searches.starts[2] == [table(tmp_path).configs[of.shape][1].config]
+    found = table(tmp_path)
+    assert found.configs.keys() == {of.shape, routed, shared}
+    assert found.configs[of.shape][16].microseconds == 164.0
+    assert found.configs[of.shape][16].apart_microseconds == 25.5
+    assert found.configs[routed][16].apart_microseconds is None
+    assert found.versions.keys() == {"torch", "triton"}
+    assert said == [
+        "small tp 1 bf16, 1 tokens: 11.0 us, 25.5 with the shared slots on their own",
+        "small tp 1 bf16, 16 tokens: 164.0 us, 25.5 with the shared slots on their own",
+    ]
+
+
+def test_a_model_without_shared_experts_is_one_stack(run: Callable[..., Any], tmp_path: Path) -> None:
+    _, said, searches = run([model(n_shared=0)], [16])
+    assert searches.of == [(model(n_shared=0).shape, 16)]
+    assert said == ["small tp 1 bf16, 16 tokens: 161.0 us"]
+    assert table(tmp_path).configs[model(n_shared=0).shape][16].apart_microseconds is None
+
+
+def test_each_find_is_saved_before_the_next_search(run: Callable[..., Any]) -> None:
+    _, _, searches = run([model()], [1, 16])
+    assert searches.saved == [1, 2, 3, 4, 5]
+
+
+def test_what_is_there_is_not_measured_again(run: Callable[..., Any], tmp_path: Path) -> None:
+    run([model()], [1])
+    before = table(tmp_path).configs[model().shape][1]
+    done, said, searches = run([model()], [1])
+    assert done and searches.of == []
+    assert said == [f"small tp 1 bf16: all of it is in {tmp_path / file_name(DEVICE)}"]
+    _, _, searches = run([model()], [1, 4])
+    assert {tokens for _, tokens in searches.of} == {4}
+    assert table(tmp_path).configs[model().shape][1] == before
+
+
+@pytest.mark.parametrize("failing", [1, 2, 4])
+def test_a_run_that_was_cut_short_goes_on_where_it_was(run: Callable[..., Any], tmp_path: Path, failing: int) -> None:
+    with pytest.raises(BenchError):
+        run([model()], [1, 16], failing=failing)
+    done, _, searches = run([model()], [1, 16])
+    assert done
+    assert len(searches.of) == 6 - failing
+    assert all(one.apart_microseconds is not None for one in table(tmp_path).configs[model().shape].values())
+
+
+def test_what_only_lacks_the_comparison_gets_it(run: Callable[..., Any], tmp_path: Path) -> None:
+    run([model()], [1])
+    cut = table(tmp_path)
+    cut.configs[model().shape][1] = replace(cut.configs[model().shape][1], apart_microseconds=None)
+    cut.save(tmp_path / file_name(DEVICE))
+    _, said, searches = run([model()], [1])
+    assert searches.of == []
+    assert said == ["small tp 1 bf16, 1 tokens: 11.0 us, 25.5 with the shared slots on their own"]
+    assert table(tmp_path).configs[model().shape][1].apart_microseconds == 25.5
+
+
+def test_other_stacks_of_the_table_stay(run: Callable[..., Any], tmp_path: Path) -> None:
+    one = Measured(tokens=16, microseconds=5.0, config=default(SHAPE, 16, 132))
+    Table(device=DEVICE, versions={"driver": "570"}, configs={SHAPE: {16: one}}).save(tmp_path / file_name(DEVICE))
+    run([model(n_shared=0)], [1])
+    assert table(tmp_path).configs[SHAPE] == {16: one}
+    assert table(tmp_path).versions["driver"] == "570"
+
+
+def test_the_end_of_the_time_is_said(run: Callable[..., Any], tmp_path: Path) -> None:
+    done, said, searches = run([model()], [1, 16], until=time.monotonic() - 1)
+    assert not done and searches.of == []
+    assert said == [
+        f"the time is up; what was found is in {tmp_path / file_name(DEVICE)}, and the same command goes on from there"
+    ]
+    assert run([model()], [1], until=time.monotonic() + 60)[0]
+    # What is complete needs no time.
+    assert run([model()], [1], until=time.monotonic() - 1)[0]
+
+
+def test_a_torn_table_is_refused_and_left_as_it_is(run: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / file_name(DEVICE)
+    path.write_text('{"version": 1, "dev')
+    with pytest.raises(TableError, match="is torn"):
+        run([model()], [1])
+    assert path.read_text() == '{"version": 1, "dev'
+
+
+@pytest.mark.parametrize(("complete", "code"), [(True, 0), (False, 3)])
+def test_the_command_says_by_its_status_whether_it_was_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, complete: bool, code: int
+) -> None:
+    from loader.bench import tuning
+
+    asked: dict[str, Any] = {}
+
+    def tune(models: list[Model], tokens: list[int], *, say: Callable[[str], object], **options: Any) -> bool:
+        asked.update(options, models=[one.format for one in models], tokens=tokens)
+        say("found it")
+        return complete
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    monkeypatch.setattr(cli, "_require_gpu", lambda: None)
+    arguments = ["--shape", "kimi-k2.5", "--tp", "8", "--format", "bf16,mxfp4", "--tokens", "1, 16"]
+    done = CliRunner().invoke(
+        cli.tune_command, [*arguments, "--tables", str(tmp_path), "--most", "5", "--seconds", "60"]
+    )
+    assert done.exit_code == code
+    assert done.output == "found it\n"
+    assert (asked["models"], asked["tokens"], asked["most"]) == (["bf16", "mxfp4"], [1, 16], 5)
+    assert asked["folder"] == tmp_path
+    assert 50 < asked["until"] - time.monotonic() <= 60
