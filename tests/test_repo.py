@@ -134,7 +134,9 @@ def test_every_package_that_make_installs_is_pinned() -> None:
     pinned = {canonicalize_name(pin.name): pin.specifier for pin in pins}
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    # `bench` is for machines with a GPU, which have a Triton of their own; `make` installs the others.
+    extras = [lines for extra, lines in project["optional-dependencies"].items() if extra != "bench"]
+    asked = [*project["dependencies"], *(line for lines in extras for line in lines)]
     waiting, seen = [Requirement(line) for line in asked], set()
     while waiting:
         requirement = waiting.pop()
