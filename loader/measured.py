@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from gatekeeper import Facts, Reading
-from loader.kernels.configs import Shape
-from loader.kernels.triton_formats import KINDS
+from loader.kernels.configs import KINDS, Shape
 from loader.kernels.tuned import SHIPPED, file_name, find_table
 
 SIZES = {
@@ -41,13 +39,14 @@ def measured_facts(facts: Facts, tables: Path | None = None) -> Mapping[str, Rea
     n_shared = facts.values.get("model.n_shared_experts")
     n_shared = n_shared if isinstance(n_shared, int) else 0
     routed, hidden_size, width, top_k, ep_size = known
-    stacks = [
-        Shape(format=name, n_slots=routed // ep_size, hidden_size=hidden_size, width=width, top_k=top_k)
+    slots = routed // ep_size + n_shared
+    fused = [
+        Shape(format=name, n_slots=slots, hidden_size=hidden_size, width=width, top_k=top_k + n_shared)
         for name in sorted(formats)
     ]
-    fused = [replace(shape, n_slots=shape.n_slots + n_shared, top_k=top_k + n_shared) for shape in stacks]
+    alone = [shape.routed(n_shared) for shape in fused]
     found = {
-        "engine.tuned_config_routed": Reading(bool(stacks) and all(s in table.configs for s in stacks), witness),
+        "engine.tuned_config_routed": Reading(bool(alone) and all(s in table.configs for s in alone), witness),
         "engine.tuned_config_fused": Reading(bool(fused) and all(s in table.configs for s in fused), witness),
     }
     compared = [first for shape in fused if (first := table.dense_shared_from(shape)) is not None]

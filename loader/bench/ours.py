@@ -19,14 +19,10 @@ def call(problem: Problem, config: Config, *, launch: Launch = launch) -> Callab
 
 def split_call(problem: Problem, routed: Config, shared: Config, *, launch: Launch = launch) -> Callable[[], Tensor]:
     """The routed slots, added to the shared ones that were computed before by the same kernels."""
-    experts, k = TritonExperts(problem.experts, launch=launch), problem.model.top_k
-    weights, ids = problem.topk_weights_TK, problem.topk_ids_TK
-    of_routed, of_shared = (
-        (weights[:, columns].contiguous(), ids[:, columns].contiguous()) for columns in (slice(k), slice(k, None))
-    )
+    experts, (rest, all_of_them) = TritonExperts(problem.experts, launch=launch), problem.halves()
 
     def run() -> Tensor:
-        base_TD = experts(problem.x_TD, *of_shared, config=shared)
-        return experts(problem.x_TD, *of_routed, config=routed, base_TD=base_TD)
+        base_TD = experts(problem.x_TD, all_of_them.topk_weights_TK, all_of_them.topk_ids_TK, config=shared)
+        return experts(problem.x_TD, rest.topk_weights_TK, rest.topk_ids_TK, config=routed, base_TD=base_TD)
 
     return run

@@ -6,7 +6,7 @@ Shapes: T tokens, E routed experts, S shared experts in slots behind them, K slo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 
@@ -98,6 +98,19 @@ class Problem:
     """float32; those of the shared slots, the last S columns, are 1."""
     topk_ids_TK: Tensor
     """int32; those of the shared slots are E, E + 1, ..."""
+
+    def halves(self) -> tuple[Problem, Problem]:
+        """The same tokens on their way to the routed slots alone, and to the shared ones."""
+        k = self.model.top_k
+        routed, shared = (
+            replace(
+                self,
+                topk_weights_TK=self.topk_weights_TK[:, columns].contiguous(),
+                topk_ids_TK=self.topk_ids_TK[:, columns].contiguous(),
+            )
+            for columns in (slice(k), slice(k, None))
+        )
+        return routed, shared
 
 
 @cache

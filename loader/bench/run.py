@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -14,10 +14,8 @@ from loader.bench.problem import Model, Problem, problems, random_experts
 from loader.bench.report import Point, first_line
 from loader.bench.timing import Ceilings, microseconds, probe, settle
 from loader.errors import BenchError
-from loader.kernels.configs import Config, Shape, default
 from loader.kernels.eager import eager
-from loader.kernels.triton_backend import dense_shape, routed_shape
-from loader.kernels.triton_layer import multiprocessors
+from loader.kernels.triton_backend import configuration
 from loader.kernels.tuned import Table
 from loader.moe import Experts
 
@@ -68,14 +66,8 @@ def measure(
 ) -> Point:
     """One point; raises `BenchError` where ours is further from the reference than its format allows."""
     some = problems_of(model, layers, tokens, seed)
-    device = some[0].x_TD.device
-    processors = multiprocessors(device)
-
-    def configured(shape: Shape) -> tuple[Config, bool]:
-        found = None if table is None else table.config(shape, tokens)
-        return found or default(shape, tokens, processors), found is not None
-
-    config, measured = configured(model.shape)
+    shape, x_TD = model.shape, some[0].x_TD
+    config = configuration(shape, x_TD, table)
     fused = [ours.call(problem, config) for problem in some]
     reference = _reference(some[0])
     allowed = ACCURACY.get(model.format, USUAL_ACCURACY)
@@ -86,9 +78,8 @@ def measure(
     arithmetic = 2 * tokens * k * 3 * model.hidden_size * model.width / rate * 1e6
     apart = None
     if model.n_shared:
-        shape = model.shape
-        routed, _ = configured(routed_shape(replace(shape, top_k=model.top_k), model.n_shared))
-        shared, _ = configured(dense_shape(shape, model.n_shared))
+        halves = shape.routed(model.n_shared), shape.shared(model.n_shared)
+        routed, shared = (configuration(half, x_TD, table) for half in halves)
         split = [ours.split_call(problem, routed, shared) for problem in some]
         _require_close(split[0](), reference, allowed, "ours, apart")
         apart = microseconds(split)
@@ -104,7 +95,7 @@ def measure(
         ours_apart_us=apart,
         error=error,
         config=asdict(config),
-        measured=measured,
+        measured=table is not None and table.config(shape, tokens) is not None,
     )
     for peer in peers:
         try:

@@ -15,7 +15,6 @@ from loader.bench.run import layers_of, problems_of
 from loader.bench.timing import microseconds
 from loader.bench.tune import search
 from loader.kernels.configs import Config, Shape
-from loader.kernels.triton_backend import dense_shape, routed_shape
 from loader.kernels.tuned import Measured, Table, file_name, find_table
 
 
@@ -57,9 +56,7 @@ def tune(
 def _shapes(model: Model) -> list[Shape]:
     """The stack as a whole, and where it has shared slots its two halves."""
     shape, n_shared = model.shape, model.n_shared
-    if not n_shared:
-        return [shape]
-    return [shape, routed_shape(replace(shape, top_k=model.top_k), n_shared), dense_shape(shape, n_shared)]
+    return [shape, shape.routed(n_shared), shape.shared(n_shared)] if n_shared else [shape]
 
 
 def _is_complete(table: Table, model: Model, tokens: int) -> bool:
@@ -94,18 +91,7 @@ def _note(table: Table, shape: Shape, measured: Measured) -> None:
 
 def _parts(model: Model, problems: Sequence[Problem]) -> list[list[Problem]]:
     """The calls of each of `_shapes`."""
-    k = model.top_k
     if not model.n_shared:
         return [list(problems)]
-    routed, shared = (
-        [
-            replace(
-                problem,
-                topk_weights_TK=problem.topk_weights_TK[:, columns].contiguous(),
-                topk_ids_TK=problem.topk_ids_TK[:, columns].contiguous(),
-            )
-            for problem in problems
-        ]
-        for columns in (slice(k), slice(k, None))
-    )
-    return [list(problems), routed, shared]
+    routed, shared = zip(*(problem.halves() for problem in problems), strict=True)
+    return [list(problems), list(routed), list(shared)]

@@ -5,7 +5,9 @@ Shapes: T tokens, K slots of a token, E slots of the stack, D hidden size, F int
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +24,14 @@ class Shape:
     """Intermediate size of a slot on this rank: 256."""
     top_k: int
     """Slots of a token, the fused shared ones too: 9."""
+
+    def routed(self, n_shared: int) -> Shape:
+        """The routed slots of this stack alone."""
+        return replace(self, n_slots=self.n_slots - n_shared, top_k=self.top_k - n_shared)
+
+    def shared(self, n_shared: int) -> Shape:
+        """Its shared slots alone, to all of which each token goes."""
+        return replace(self, n_slots=n_shared, top_k=n_shared)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,18 +64,21 @@ class Config:
     programs: int = 0
     """Programs to a multiprocessor that walk along the tiles; 0: a program a tile."""
 
-    @property
-    def needs_schedule(self) -> bool:
-        """Whether pairs are sorted by expert."""
-        return not self.by_token
-
 
 BY_TOKEN = 4
 """Tokens up to which few enough choose the same expert that reading it again for each costs less than sorting."""
 PACKED = frozenset({"int4_g32", "mxfp4"})
 """Formats of eight numbers to a word."""
-
-
+KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        "bf16": "plain",
+        "fp16": "plain",
+        "fp32": "plain",
+        "fp8_block": "fp8_block",
+        **{name: name for name in sorted(PACKED)},
+    }
+)
+"""What the kernels compute in, by the format of the checkpoint: all that they have."""
 HOPPER_SHARED_BYTES = 227 << 10
 """Shared memory that one thread block may have, compute capability 9.0."""
 
@@ -80,11 +93,14 @@ def default(shape: Shape, tokens: int, multiprocessors: int, shared_bytes: int =
     """
     pairs = max(tokens * shape.top_k, 1)
     if tokens <= BY_TOKEN and shape.format in PACKED:
-        return _by_token(shape, pairs, multiprocessors)
+        return one_by_one(shape, tokens, multiprocessors, shared_bytes)
     share = pairs / min(shape.n_slots, pairs)
-    block_m = 128 if share >= 256 else min(_power_of_two(share, 16), 64)
-    gate_up, down = (_fitting(_tiles(shape, block_m, rows=rows), shape, block_m, rows, shared_bytes) for rows in (2, 1))
-    return Config(block_m=block_m, gate_up=gate_up, down=down)
+    block_m = 128 if share >= 256 else min(power_of_two(share, 16), 64)
+    return _fitting(
+        Config(block_m=block_m, gate_up=_tiles(shape, block_m, rows=2), down=_tiles(shape, block_m, rows=1)),
+        shape,
+        shared_bytes,
+    )
 
 
 def stage_bytes(shape: Shape, block_m: int, rows: int, tiles: Tiles) -> float:
@@ -93,25 +109,29 @@ def stage_bytes(shape: Shape, block_m: int, rows: int, tiles: Tiles) -> float:
     return (tiles.block_n * rows * weight + block_m * 2.0) * tiles.block_c
 
 
-def _fitting(tiles: Tiles, shape: Shape, block_m: int, rows: int, shared_bytes: int) -> Tiles:
-    """With as many stages as there is room for."""
-    return replace(
-        tiles, stages=max(1, min(tiles.stages, int(shared_bytes // stage_bytes(shape, block_m, rows, tiles))))
-    )
-
-
-def _by_token(shape: Shape, pairs: int, multiprocessors: int) -> Config:
-    block_n, step = 32, 256
-    tiles = pairs * -(-shape.width // block_n)
+def one_by_one(shape: Shape, tokens: int, multiprocessors: int, shared_bytes: int = HOPPER_SHARED_BYTES) -> Config:
+    """A configuration without a schedule, for a few tokens."""
+    block_n, step = 32, 128 if shape.format == "fp8_block" else 256
+    tiles = max(tokens * shape.top_k, 1) * -(-shape.width // block_n)
     most = max(1, shape.hidden_size // (4 * step))
-    splits = min(_power_of_two(-(-3 * multiprocessors // tiles), 1), most, 8)
-    return Config(
+    config = Config(
         block_m=16,
         gate_up=Tiles(block_n=block_n, block_c=step, warps=4, stages=4),
-        down=Tiles(block_n=64, block_c=min(step, _power_of_two(shape.width, 128)), warps=4, stages=3),
-        splits=splits,
+        down=Tiles(block_n=64, block_c=min(step, power_of_two(shape.width, 128)), warps=4, stages=3),
+        splits=min(power_of_two(-(-3 * multiprocessors // tiles)), most, 8),
         by_token=True,
     )
+    return _fitting(config, shape, shared_bytes)
+
+
+def _fitting(config: Config, shape: Shape, shared_bytes: int) -> Config:
+    """With as many stages as there is room for."""
+
+    def fit(tiles: Tiles, rows: int) -> Tiles:
+        room = int(shared_bytes // stage_bytes(shape, config.block_m, rows, tiles))
+        return replace(tiles, stages=max(1, min(tiles.stages, room)))
+
+    return replace(config, gate_up=fit(config.gate_up, 2), down=fit(config.down, 1))
 
 
 def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
@@ -130,7 +150,7 @@ def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
     )
 
 
-def _power_of_two(number: float, least: int) -> int:
+def power_of_two(number: float, least: int = 1) -> int:
     """The least power of two, times `least`, that is not below `number`."""
     size = least
     while size < number:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from loader.kernels.base import ExpertWeights
-from loader.kernels.configs import Config, Shape, default
-from loader.kernels.triton_layer import TritonExperts, multiprocessors, shared_bytes
+from loader.kernels.configs import Config, Shape
+from loader.kernels.triton_layer import TritonExperts, counted
 from loader.kernels.tuned import Table
 
 
@@ -25,7 +23,7 @@ def run(x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor, weights: Exp
         return experts(x_TD, topk_weights_TK, topk_ids_TK, config=configuration(experts.shape(k), x_TD, weights.table))
     routed = k - weights.n_shared
     shared_TD = _dense(x_TD, topk_weights_TK[:, routed:], topk_ids_TK[:, routed:], weights, experts)
-    shape = routed_shape(experts.shape(routed), weights.n_shared)
+    shape = experts.shape(k).routed(weights.n_shared)
     return experts(
         x_TD,
         topk_weights_TK[:, :routed],
@@ -38,23 +36,13 @@ def run(x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor, weights: Exp
 def configuration(shape: Shape, x_TD: Tensor, table: Table | None) -> Config:
     """What was measured for this shape and number of tokens, else what counting says."""
     measured = None if table is None else table.config(shape, len(x_TD))
-    return measured or default(shape, len(x_TD), multiprocessors(x_TD.device), shared_bytes(x_TD.device))
-
-
-def routed_shape(shape: Shape, n_shared: int) -> Shape:
-    """The shape of the routed slots of a stack alone; `shape` has the top_k of a routed token."""
-    return replace(shape, n_slots=shape.n_slots - n_shared)
-
-
-def dense_shape(shape: Shape, n_shared: int) -> Shape:
-    """The shape of the shared slots of a stack alone."""
-    return replace(shape, n_slots=n_shared, top_k=n_shared)
+    return measured or counted(shape, x_TD)
 
 
 def _dense(x_TD: Tensor, weights_TS: Tensor, ids_TS: Tensor, weights: ExpertWeights, experts: TritonExperts) -> Tensor:
     """The shared slots' weighted sum, ``(T, D)``."""
     if experts.kind != "plain" or experts.w13.dtype != x_TD.dtype or experts.bias13 is not None:
-        shape = dense_shape(experts.shape(1), weights.n_shared)
+        shape = experts.shape(ids_TS.shape[1]).shared(weights.n_shared)
         return experts(x_TD, weights_TS, ids_TS, config=configuration(shape, x_TD, weights.table))
     total_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     for s in range(weights.n_shared):

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from loader.kernels.base import ExpertWeights
-from loader.kernels.configs import HOPPER_SHARED_BYTES, PACKED, Config, Shape, Tiles, default
+from loader.kernels.configs import HOPPER_SHARED_BYTES, KINDS, PACKED, Config, Shape, Tiles, default, power_of_two
 from loader.kernels.triton_experts import INTERPRETED, combine, down, down_by_token, gate_up, to_streams
-from loader.kernels.triton_formats import KINDS
 from loader.kernels.triton_schedule import cut_blocks, schedule_small, sort_pairs
 
 SMALL = 256
@@ -93,7 +92,7 @@ class TritonExperts:
         y_TD = torch.empty_like(x_TD)
         if not tokens or not k:
             return y_TD.zero_() if base_TD is None else y_TD.copy_(base_TD)
-        config = config or default(self.shape(k), tokens, multiprocessors(x_TD.device), shared_bytes(x_TD.device))
+        config = config or counted(self.shape(k), x_TD)
         call = _Call(self, x_TD, ids, router, config)
         if config.by_token:
             hidden = call.gate_up(None)
@@ -144,7 +143,7 @@ class _Call:
     def __init__(self, experts: TritonExperts, x_TD: Tensor, ids: Tensor, router: Tensor, config: Config) -> None:
         self.experts, self.x, self.ids, self.router, self.config = experts, x_TD, ids, router, config
         self.pairs, self.k = ids.numel(), ids.shape[1]
-        if experts.kind in PACKED and config.needs_schedule:
+        if experts.kind in PACKED and not config.by_token:
             self.x = torch.empty_like(x_TD)
             tokens, hidden = x_TD.shape
             experts.launch(to_streams, (-(-hidden // 1024), tokens), x_TD, self.x, hidden, BLOCK_W=128)
@@ -156,10 +155,10 @@ class _Call:
         """Sort the pairs by expert: one launch where they are few, else two."""
         ids, router, n_slots, block_m = self.ids, self.router, self.experts.n_slots, self.config.block_m
         made = _Schedule(ids, n_slots, block_m)
-        experts = _power_of_two(n_slots + 1)
+        experts = power_of_two(n_slots + 1)
         room = torch.empty(2 * experts, dtype=torch.int32, device=ids.device)
         if self.pairs <= SMALL:
-            size = max(_power_of_two(self.pairs), 16)
+            size = power_of_two(self.pairs, 16)
             self.experts.launch(
                 schedule_small,
                 (1,),
@@ -178,7 +177,7 @@ class _Call:
                 num_warps=8,
             )
             return made
-        chunk = min(_power_of_two(self.pairs), 4096)
+        chunk = min(power_of_two(self.pairs), 4096)
         self.experts.launch(sort_pairs, (n_slots,), ids, router, made.order, room, self.pairs, n_slots, CHUNK=chunk)
         self.experts.launch(cut_blocks, (1,), room, made.blocks, made.n, n_slots, EXPERTS=experts, BLOCK_M=block_m)
         return made
@@ -210,19 +209,16 @@ class _Call:
             e.width,
             self.k,
             PAIRWISE=schedule is None,
-            BIASED=e.bias13 is not None,
-            SPLITS=c.splits,
             EVEN=e.hidden_size % (t.block_c * c.splits) == 0,
             GROUP=t.group,
-            DTYPE=_triton_dtype(self.x.dtype),
-            BLOCK_M=c.block_m,
+            BIASED=e.bias13 is not None,
             SCALES=e.scales13,
             **self._common(t),
         )
         return out
 
     def down(self, hidden: Tensor, schedule: _Schedule) -> Tensor:
-        e, c, t = self.experts, self.config, self.config.down
+        e, t = self.experts, self.config.down
         out = torch.empty(self.pairs, e.hidden_size, dtype=self.x.dtype, device=self.x.device)
         e.launch(
             down,
@@ -240,19 +236,13 @@ class _Call:
             e.n_slots,
             e.hidden_size,
             e.width,
-            BIASED=e.bias2 is not None,
-            SPLITS=c.splits,
-            EVEN=e.width % t.block_c == 0,
             GROUP=t.group,
-            DTYPE=_triton_dtype(self.x.dtype),
-            BLOCK_M=c.block_m,
-            SCALES=e.scales2,
-            **self._common(t),
+            **self._of_down(),
         )
         return out
 
     def down_by_token(self, hidden: Tensor, out: Tensor) -> Tensor:
-        e, c, t = self.experts, self.config, self.config.down
+        e, t = self.experts, self.config.down
         e.launch(
             down_by_token,
             (-(-e.hidden_size // t.block_n), len(self.x)),
@@ -268,20 +258,26 @@ class _Call:
             e.hidden_size,
             e.width,
             self.k,
-            BIASED=e.bias2 is not None,
-            SPLITS=c.splits,
-            EVEN=e.width % t.block_c == 0,
-            DTYPE=_triton_dtype(self.x.dtype),
-            BLOCK_M=c.block_m,
-            SCALES=e.scales2,
-            **self._common(t),
+            **self._of_down(),
         )
         return out
+
+    def _of_down(self) -> dict[str, Any]:
+        e, t = self.experts, self.config.down
+        return {
+            "EVEN": e.width % t.block_c == 0,
+            "BIASED": e.bias2 is not None,
+            "SCALES": e.scales2,
+            **self._common(t),
+        }
 
     def _common(self, tiles: Tiles) -> dict[str, Any]:
         return {
             "FORMAT": self.experts.kind,
             "ASSEMBLY": self.assembly,
+            "SPLITS": self.config.splits,
+            "DTYPE": _triton_dtype(self.x.dtype),
+            "BLOCK_M": self.config.block_m,
             "BLOCK_N": tiles.block_n,
             "BLOCK_C": tiles.block_c,
             "num_warps": tiles.warps,
@@ -324,10 +320,6 @@ def _scale(scale: Tensor | None, weight: Tensor, kind: str) -> tuple[Tensor, int
     return codes.view(torch.int32) if together > 1 else codes, together
 
 
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
 def _is_nvidia(device: torch.device) -> bool:
     return not INTERPRETED.value and device.type == "cuda" and torch.version.hip is None
 
@@ -338,7 +330,12 @@ def _triton_dtype(dtype: torch.dtype) -> Any:
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
 
 
-def shared_bytes(device: torch.device) -> int:
+def counted(shape: Shape, x_TD: Tensor) -> Config:
+    """What counting says for these tokens on their device."""
+    return default(shape, len(x_TD), multiprocessors(x_TD.device), _shared_bytes(x_TD.device))
+
+
+def _shared_bytes(device: torch.device) -> int:
     """Shared memory that one thread block may have there."""
     if device.type != "cuda":
         return HOPPER_SHARED_BYTES

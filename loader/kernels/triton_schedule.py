@@ -56,12 +56,13 @@ def schedule_small(
     tl.store(n_blocks, tl.sum(n, 0))
     # The same program's threads read below what others of them wrote above.
     tl.debug_barrier()
-    rank = tl.zeros((PAIRS,), dtype=tl.int32)
+    rank, total = tl.zeros((PAIRS,), dtype=tl.int32), tl.zeros((PAIRS,), dtype=tl.int32)
     for begin in range(0, P, CHUNK):
         other_at = begin + tl.arange(0, CHUNK)
         other = _experts(ids, weights, other_at, P, E)
-        same = (expert[:, None] == other[None, :]) & (other_at[None, :] < at[:, None])
-        rank += tl.sum(same.to(tl.int32), 1)
+        same = expert[:, None] == other[None, :]
+        total += tl.sum(same.to(tl.int32), 1)
+        rank += tl.sum((same & (other_at[None, :] < at[:, None])).to(tl.int32), 1)
     here = expert < E
     place = tl.load(starts + expert, mask=here, other=0) + rank
     tl.store(order + place, at, mask=here)
@@ -70,11 +71,6 @@ def schedule_small(
     tl.store(blocks + 3 * block, expert, mask=opens)
     tl.store(blocks + 3 * block + 1, place, mask=opens)
     # Whoever comes last in a block closes it: the next of the same expert would open another, or there is none.
-    total = tl.zeros((PAIRS,), dtype=tl.int32)
-    for begin in range(0, P, CHUNK):
-        other_at = begin + tl.arange(0, CHUNK)
-        other = _experts(ids, weights, other_at, P, E)
-        total += tl.sum((expert[:, None] == other[None, :]).to(tl.int32), 1)
     closes = here & ((rank % BLOCK_M == BLOCK_M - 1) | (rank == total - 1))
     tl.store(blocks + 3 * block + 2, place + 1, mask=closes)
 

@@ -9,6 +9,8 @@ run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 
@@ -17,7 +19,7 @@ import triton.language as tl
 def int4_streams(words, scale, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
     """``(nibble - 8) * scale`` of each of the eight streams, in `dtype`; `scale` is one number a word."""
     if ASSEMBLY:
-        return _int4_assembly(words, scale)
+        return _assembly(words, scale, _INT4)
     return (
         _int4(words, 0, scale, dtype),
         _int4(words, 1, scale, dtype),
@@ -34,7 +36,7 @@ def int4_streams(words, scale, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
 def mxfp4_streams(words, exponent, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
     """E2M1 times ``2 ** (exponent - 127)`` of each stream, in `dtype`; `exponent` is a word's E8M0 code, NaN at 255."""
     if ASSEMBLY:
-        return _mxfp4_assembly(words, e8m0(exponent, tl.bfloat16))
+        return _assembly(words, e8m0(exponent, tl.bfloat16), _MXFP4)
     scale = e8m0(exponent, tl.float32)
     return (
         _mxfp4(words, 0, scale, dtype),
@@ -89,136 +91,55 @@ def _mxfp4(words, stream: tl.constexpr, scale, dtype: tl.constexpr):
     return (tl.where(code >= 8, -size, size) * scale).to(dtype)
 
 
-@triton.jit
-def _int4_assembly(words, scale):
-    # Two words make pairs of the same nibble by halves. 0x4300 is bf16's 128, whose last four mantissa bits count ones,
-    # so that or-ing a nibble in gives 128 + n. Multiplication is fma with -0.0: sm80 has no other bf16 arithmetic.
-    return tl.inline_asm_elementwise(
-        asm="""{
-        .reg .b32 low, high, n, one, offset, zero;
-        mov.b32 one, 0x3F803F80;
-        mov.b32 offset, 0xC308C308;
-        mov.b32 zero, 0x80008000;
-        prmt.b32 low, $8, $9, 0x5410;
-        prmt.b32 high, $8, $9, 0x7632;
-        lop3.b32 $0, low, 0x000F000F, 0x43004300, 0xEA;
-        lop3.b32 $4, high, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 n, low, 4;
-        lop3.b32 $1, n, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 n, high, 4;
-        lop3.b32 $5, n, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 n, low, 8;
-        lop3.b32 $2, n, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 n, high, 8;
-        lop3.b32 $6, n, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 n, low, 12;
-        lop3.b32 $3, n, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 n, high, 12;
-        lop3.b32 $7, n, 0x000F000F, 0x43004300, 0xEA;
-        fma.rn.bf16x2 $0, $0, one, offset;
-        fma.rn.bf16x2 $1, $1, one, offset;
-        fma.rn.bf16x2 $2, $2, one, offset;
-        fma.rn.bf16x2 $3, $3, one, offset;
-        fma.rn.bf16x2 $4, $4, one, offset;
-        fma.rn.bf16x2 $5, $5, one, offset;
-        fma.rn.bf16x2 $6, $6, one, offset;
-        fma.rn.bf16x2 $7, $7, one, offset;
-        fma.rn.bf16x2 $0, $0, $10, zero;
-        fma.rn.bf16x2 $1, $1, $10, zero;
-        fma.rn.bf16x2 $2, $2, $10, zero;
-        fma.rn.bf16x2 $3, $3, $10, zero;
-        fma.rn.bf16x2 $4, $4, $10, zero;
-        fma.rn.bf16x2 $5, $5, $10, zero;
-        fma.rn.bf16x2 $6, $6, $10, zero;
-        fma.rn.bf16x2 $7, $7, $10, zero;
-        }""",
-        constraints="=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
-        args=[words, scale],
-        dtype=(
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-        ),
-        is_pure=True,
-        pack=2,
-    )
+def _of_both_words(prologue: str, streams: Sequence[str], factors: Sequence[tuple[str, str]]) -> tl.constexpr:
+    """Assembly that takes two words ($8, $9) and their scale twice ($10), and leaves pairs of bf16 in $0 to $7.
+
+    `prologue` sets constants. The words' halves are paired first, so that both have the same nibble at the same place
+    of ``w``: `streams` put nibble 0 to 3 of ``w`` into ``out``, with ``n`` and ``s`` to work with. Each result then
+    goes through fma with `factors` (a factor and what is added): sm80 has no other bf16 arithmetic.
+    """
+    lines = [".reg .b32 low, high, n, s, a, b, zero;", "mov.b32 zero, 0x80008000;", prologue]
+    lines += ["prmt.b32 low, $8, $9, 0x5410;", "prmt.b32 high, $8, $9, 0x7632;"]
+    for first, half in ((0, "low"), (4, "high")):
+        lines += [text.format(w=half, out=f"${first + n}") for n, text in enumerate(streams)]
+    lines += [f"fma.rn.bf16x2 ${n}, ${n}, {by}, {plus};" for by, plus in factors for n in range(8)]
+    return tl.constexpr("{\n" + "\n".join(lines) + "\n}")
+
+
+# 0x4300 is bf16's 128, whose last four mantissa bits count ones: or-ing a nibble in gives 128 + n, less 136 is n - 8.
+_INT4 = _of_both_words(
+    "mov.b32 a, 0x3F803F80; mov.b32 b, 0xC308C308;",
+    [
+        "lop3.b32 {out}, {w}, 0x000F000F, 0x43004300, 0xEA;",
+        "shr.u32 n, {w}, 4; lop3.b32 {out}, n, 0x000F000F, 0x43004300, 0xEA;",
+        "shr.u32 n, {w}, 8; lop3.b32 {out}, n, 0x000F000F, 0x43004300, 0xEA;",
+        "shr.u32 n, {w}, 12; lop3.b32 {out}, n, 0x000F000F, 0x43004300, 0xEA;",
+    ],
+    [("a", "b"), ("$10", "zero")],
+)
+# The three bits below the sign, moved to the last of bf16's exponent and the first of its mantissa, are E2M1's number
+# times 2**-126, subnormal ones too. 2**126 (0x7E80) and the scale are two factors: their product could overflow.
+_MXFP4 = _of_both_words(
+    "mov.b32 a, 0x7E807E80;",
+    [
+        "shl.b32 n, {w}, 6; shl.b32 s, {w}, 12; and.b32 n, n, 0x01C001C0; lop3.b32 {out}, s, 0x80008000, n, 0xEA;",
+        "shl.b32 n, {w}, 2; shl.b32 s, {w}, 8; and.b32 n, n, 0x01C001C0; lop3.b32 {out}, s, 0x80008000, n, 0xEA;",
+        "shr.u32 n, {w}, 2; shl.b32 s, {w}, 4; and.b32 n, n, 0x01C001C0; lop3.b32 {out}, s, 0x80008000, n, 0xEA;",
+        "shr.u32 n, {w}, 6; and.b32 n, n, 0x01C001C0; lop3.b32 {out}, {w}, 0x80008000, n, 0xEA;",
+    ],
+    [("a", "zero"), ("$10", "zero")],
+)
+_EIGHT = tl.constexpr((tl.bfloat16,) * 8)
 
 
 @triton.jit
-def _mxfp4_assembly(words, scale):
-    # The three bits below the sign, moved to the last of bf16's exponent and the first of its mantissa, are E2M1's
-    # number times 2**-126, subnormal ones too. 2**126 (0x7E80) and the scale are two factors: one could overflow.
+def _assembly(words, scale, ASM: tl.constexpr):
+    """Run `_INT4` or `_MXFP4`, two words at a time."""
     return tl.inline_asm_elementwise(
-        asm="""{
-        .reg .b32 low, high, n, s, big, zero;
-        mov.b32 big, 0x7E807E80;
-        mov.b32 zero, 0x80008000;
-        prmt.b32 low, $8, $9, 0x5410;
-        prmt.b32 high, $8, $9, 0x7632;
-        shl.b32 n, low, 6;
-        shl.b32 s, low, 12;
-        and.b32 n, n, 0x01C001C0;
-        lop3.b32 $0, s, 0x80008000, n, 0xEA;
-        shl.b32 n, low, 2;
-        shl.b32 s, low, 8;
-        and.b32 n, n, 0x01C001C0;
-        lop3.b32 $1, s, 0x80008000, n, 0xEA;
-        shr.u32 n, low, 2;
-        shl.b32 s, low, 4;
-        and.b32 n, n, 0x01C001C0;
-        lop3.b32 $2, s, 0x80008000, n, 0xEA;
-        shr.u32 n, low, 6;
-        and.b32 n, n, 0x01C001C0;
-        lop3.b32 $3, low, 0x80008000, n, 0xEA;
-        shl.b32 n, high, 6;
-        shl.b32 s, high, 12;
-        and.b32 n, n, 0x01C001C0;
-        lop3.b32 $4, s, 0x80008000, n, 0xEA;
-        shl.b32 n, high, 2;
-        shl.b32 s, high, 8;
-        and.b32 n, n, 0x01C001C0;
-        lop3.b32 $5, s, 0x80008000, n, 0xEA;
-        shr.u32 n, high, 2;
-        shl.b32 s, high, 4;
-        and.b32 n, n, 0x01C001C0;
-        lop3.b32 $6, s, 0x80008000, n, 0xEA;
-        shr.u32 n, high, 6;
-        and.b32 n, n, 0x01C001C0;
-        lop3.b32 $7, high, 0x80008000, n, 0xEA;
-        fma.rn.bf16x2 $0, $0, big, zero;
-        fma.rn.bf16x2 $1, $1, big, zero;
-        fma.rn.bf16x2 $2, $2, big, zero;
-        fma.rn.bf16x2 $3, $3, big, zero;
-        fma.rn.bf16x2 $4, $4, big, zero;
-        fma.rn.bf16x2 $5, $5, big, zero;
-        fma.rn.bf16x2 $6, $6, big, zero;
-        fma.rn.bf16x2 $7, $7, big, zero;
-        fma.rn.bf16x2 $0, $0, $10, zero;
-        fma.rn.bf16x2 $1, $1, $10, zero;
-        fma.rn.bf16x2 $2, $2, $10, zero;
-        fma.rn.bf16x2 $3, $3, $10, zero;
-        fma.rn.bf16x2 $4, $4, $10, zero;
-        fma.rn.bf16x2 $5, $5, $10, zero;
-        fma.rn.bf16x2 $6, $6, $10, zero;
-        fma.rn.bf16x2 $7, $7, $10, zero;
-        }""",
+        asm=ASM,
         constraints="=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
         args=[words, scale],
-        dtype=(
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-        ),
+        dtype=_EIGHT,
         is_pure=True,
         pack=2,
     )

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 from jsonschema import Draft202012Validator
 
-from loader.bench.candidates import SHARED_BYTES, candidates, tiles
+from loader.bench.candidates import candidates, tiles
 from loader.bench.problem import FORMATS, Model
+from loader.kernels.configs import HOPPER_SHARED_BYTES as SHARED_BYTES
 from loader.kernels.configs import Config, Shape, Tiles, default
 from loader.kernels.tuned import SCHEMA, Measured, Table
 
