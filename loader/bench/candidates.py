@@ -66,5 +66,6 @@ def tiles(shape: Shape, config: Config, half: str) -> list[Tiles]:
                     one = Tiles(block_n=block_n, block_c=step, warps=warps, stages=stages)
                     if stage_bytes(shape, config.block_m, rows, one) * stages > HOPPER_SHARED_BYTES:
                         continue
-                    found += [replace(one, group=group) for group in ((1, 8) if large else (1,))]
+                    walks = (0, 4) if half == "down" and not large else (0,)
+                    found += [replace(one, group=g, programs=p) for g in ((1, 8) if large else (1,)) for p in walks]
     return found

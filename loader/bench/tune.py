@@ -89,8 +89,10 @@ def _compile(problem: Problem, configs: Sequence[Config]) -> None:
     """Into Triton's cache, side by side; what fails there fails again, one by one, when it is to be timed."""
     import triton
 
+    from loader.kernels.triton_overlap import overlapping
+
     def warm_up(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        kernel.warmup(*arguments, grid=grid, **options)
+        kernel.warmup(*arguments, grid=grid, **options, **overlapping(arguments[0].device))
 
     with (
         ThreadPoolExecutor(COMPILERS) as pool,

@@ -47,6 +47,8 @@ class Tiles:
     """Steps whose loads are under way at the same time."""
     group: int = 1
     """Blocks of tokens that share a strip of weight tiles."""
+    programs: int = 0
+    """Programs to a multiprocessor that walk along the tiles; 0: a program a tile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +60,9 @@ class Config:
     gate_up: Tiles
     down: Tiles
     splits: int = 1
-    """Programs that share one tile's inner axis in gate_up; `down` sums their parts up."""
+    """Programs that share one tile's inner axis in gate_up; their parts are summed up before `down`."""
     by_token: bool = False
     """No schedule: pair by pair in gate_up, token by token in down, which sums up as well."""
-    programs: int = 0
-    """Programs to a multiprocessor that walk along the tiles; 0: a program a tile."""
 
 
 BY_TOKEN = 4
@@ -139,8 +139,12 @@ def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
     if block_m >= 64:
         step = 64 if shape.format not in PACKED and shape.format != "fp8_block" else 128
         return Tiles(block_n=128 if step == 64 or rows == 1 else 64, block_c=step, warps=8, stages=3, group=8)
-    if shape.format in PACKED or shape.format == "fp8_block":
-        return Tiles(block_n=128 // rows, block_c=128, warps=4, stages=4)
+    if shape.format in PACKED:
+        # Few steps make a tile of down, so that programs walk along several.
+        step = 256 if (shape.hidden_size if rows == 2 else shape.width) >= 256 else 128
+        return Tiles(block_n=32 if rows == 2 else 128, block_c=step, warps=4, stages=3, programs=0 if rows == 2 else 4)
+    if shape.format == "fp8_block":
+        return Tiles(block_n=128 // rows, block_c=128, warps=4, stages=4, programs=0 if rows == 2 else 4)
     if shape.format == "fp32":  # tiles twice as wide in memory
         return Tiles(block_n=64 // rows, block_c=64, warps=4, stages=3)
     return (

@@ -10,13 +10,25 @@ import triton
 import triton.language as tl
 
 from loader.kernels.triton_experts import _dot
+from loader.kernels.triton_overlap import await_previous
 
 
 @triton.jit
 def router_logits(
-    x, weight, out, T, E, D, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr
+    x,
+    weight,
+    out,
+    T,
+    E,
+    D,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """Parts of ``x @ weight.T``, float32 ``(SPLITS, T, E)``, each over its share of the columns: `choose` sums them."""
+    await_previous(PDL)
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     split = tl.program_id(2)
@@ -60,12 +72,14 @@ def choose(
     S: tl.constexpr,
     EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """One program a token: ``weights`` float32 and ``ids`` int32, ``(T, K + S)``, the shared slots last.
 
     EXPERTS and SLOTS are powers of two that hold E and K + S. Equal scores go to the lower number; a logit that is not
     a number makes all weights of the token NaN, and its ids remain valid.
     """
+    await_previous(PDL)
     token = tl.program_id(0)
     e = tl.arange(0, EXPERTS)
     here = e < E

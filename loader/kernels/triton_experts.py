@@ -4,7 +4,8 @@ Shapes: T tokens, K slots of a token, P = T * K pairs, E slots of the stack, D h
 slot, M pairs of one block, N rows of a weight tile, C columns of a step. Everything is accumulated in float32.
 
 Weights are the left operand: a weight tile's rows fill the 64 rows of Hopper's ``wgmma`` whatever the number of tokens,
-and numbers unpacked in registers (`triton_unpack`) go into it without a detour through shared memory.
+and numbers unpacked in registers (`triton_unpack`) go into it without a detour through shared memory. Sizes of a layer
+are constants of its kernels, so that what they divide, and how its rows are aligned, is known when they are compiled.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import os
 import triton
 import triton.language as tl
 
-from loader.kernels.triton_unpack import e8m0, int4_streams, mxfp4_streams, scales_of
+from loader.kernels.triton_overlap import await_previous
+from loader.kernels.triton_unpack import e8m0, factors, streams
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 """The interpreter's dot is wrong on bf16 operands (Triton 3.6), so that they are widened there."""
@@ -31,76 +33,45 @@ def _dot(a, b, accumulator):
 
 
 @triton.jit
-def _streams(x_C, M: tl.constexpr, C: tl.constexpr):
-    """Every eighth column from 0, 1, ... 7 on, each as `_one_row` of ``(M, C / 8)``."""
-    even, odd = x_C.reshape(C // 8, 2, 2, 2).split()
-    x_0, x_2 = even.split()
-    x_1, x_3 = odd.split()
-    x0, x4 = x_0.split()
-    x1, x5 = x_1.split()
-    x2, x6 = x_2.split()
-    x3, x7 = x_3.split()
-    return (
-        _one_row(x0, M),
-        _one_row(x1, M),
-        _one_row(x2, M),
-        _one_row(x3, M),
-        _one_row(x4, M),
-        _one_row(x5, M),
-        _one_row(x6, M),
-        _one_row(x7, M),
-    )
-
-
-@triton.jit
 def _add_product(
     accumulator_NM,
-    source,
-    place,
+    x,
+    x_scale,
+    place_M,
     here_M,
     weight,
     scale,
     row_N,
     scale_row_N,
-    begin,
-    columns,
-    P,
-    FORMAT: tl.constexpr,
-    SCALES: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    step,
+    COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
-    ONE_ROW: tl.constexpr,
-    SPLITS: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    UP_OFFSET: tl.constexpr,
-    DTYPE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     C: tl.constexpr,
 ):
-    """``accumulator + weight[row, begin:begin + C] @ x.T``; `weight` and `scale` point at matrices of `columns`.
+    """``accumulator + weight[row, c] @ x[place, c].T`` over C columns c from ``step * C`` on, of matrices of COLUMNS.
 
-    x is what `_left` reads of `source`: of rows `place` ``(M, 1)``, or with ONE_ROW of the row `place` alone. EVEN:
-    `columns` is a multiple of C. FORMAT: ``plain`` numbers of the dtype of x, ``fp8_block``, ``int4_g32`` or ``mxfp4``.
-    SCALES: of groups of 32 columns in an element of `scale`, see `scales_of`. A packed format has its x by streams in
-    memory (`to_streams`), so that each is copied to shared memory as it lies; one row is taken apart in registers.
+    `place` are rows of x ``(M,)``, 0 where they are not `here_M`; EVEN: no step goes beyond COLUMNS. FORMAT: ``plain``
+    numbers of the dtype of x; ``fp8_block``, for which x is FP8 with an `x_scale` to 128 columns, or float32 without;
+    ``int4_g32`` or ``mxfp4``, for which x lies by streams (`prepare`), so that each is copied to shared memory as it
+    lies.
     """
     if FORMAT == "plain" or FORMAT == "fp8_block":
-        c = begin + tl.arange(0, C)
-        if ONE_ROW:
-            x_C = _left(source, place, c, c < columns, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
-            x_MC = _one_row(x_C, M)
-        else:
-            inside = here_M[:, None] if EVEN else here_M[:, None] & (c[None, :] < columns)
-            x_MC = _left(source, place, c[None, :], inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
-        w_at = weight + row_N[:, None] * columns + c[None, :]
-        w_NC = tl.load(w_at) if EVEN else tl.load(w_at, mask=c[None, :] < columns, other=0.0)
+        c = step * C + tl.arange(0, C)
+        inside = here_M[:, None] if EVEN else here_M[:, None] & (c[None, :] < COLUMNS)
+        x_MC = tl.load(x + place_M[:, None] * COLUMNS + c[None, :], mask=inside, other=0.0)
+        w_at = weight + row_N[:, None] * COLUMNS + c[None, :]
+        w_NC = tl.load(w_at) if EVEN else tl.load(w_at, mask=c[None, :] < COLUMNS, other=0.0)
         if FORMAT == "plain":
             return _dot(w_NC.to(x_MC.dtype), x_MC.T, accumulator_NM)
         else:
             tl.static_assert(C == 128, "a step of fp8_block is one block of 128 columns")
-            scale_N = tl.load(scale + scale_row_N * tl.cdiv(columns, 128) + begin // 128)
+            BLOCKS: tl.constexpr = (COLUMNS + 127) // 128
+            s_at = scale + scale_row_N * BLOCKS + step
+            scale_N = tl.load(s_at) if EVEN else tl.load(s_at, mask=step < BLOCKS, other=0.0)
             if scale_N.dtype == tl.uint8:
                 scale_N = e8m0(scale_N, tl.float32)
             scale_N = scale_N.to(tl.float32)
@@ -108,48 +79,30 @@ def _add_product(
             if x_MC.dtype == tl.float32:
                 return accumulator_NM + _dot(w_NC.to(tl.float32), x_MC.T, zero) * scale_N[:, None]
             else:
-                # Activations to E4M3 by token and block, as DeepSeek-V3 computes: arXiv 2412.19437, section 3.3.
-                wide_MC = x_MC.to(tl.float32)
-                x_scale_M = tl.maximum(tl.max(tl.abs(wide_MC), 1), 1e-10) / E4M3_MAX
-                q_MC = (wide_MC / x_scale_M[:, None]).to(tl.float8e4nv)
-                return accumulator_NM + tl.dot(w_NC, q_MC.T, zero) * (scale_N[:, None] * x_scale_M[None, :])
+                x_scale_M = tl.load(x_scale + place_M * BLOCKS + step, mask=here_M & (step < BLOCKS), other=0.0)
+                return accumulator_NM + tl.dot(w_NC, x_MC.T, zero) * (scale_N[:, None] * x_scale_M[None, :])
     else:
-        j = begin // 8 + tl.arange(0, C // 8)
-        n_words = columns // 8
-        w_at = weight + row_N[:, None] * n_words + j[None, :]
-        words = tl.load(w_at) if EVEN else tl.load(w_at, mask=j[None, :] < n_words, other=0)
-        g = begin // (32 * SCALES) + tl.arange(0, C // (32 * SCALES))
-        n_groups = columns // (32 * SCALES)
-        s_at = scale + row_N[:, None] * n_groups + g[None, :]
-        group = tl.load(s_at) if EVEN else tl.load(s_at, mask=g[None, :] < n_groups, other=0)
-        if ONE_ROW:
-            c = begin + tl.arange(0, C)
-            x_C = _left(source, place, c, c < columns, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
-            x0, x1, x2, x3, x4, x5, x6, x7 = _streams(x_C, M, C)
-        else:
-            at = j[None, :]
-            inside = here_M[:, None] if EVEN else here_M[:, None] & (at < n_words)
-            x0 = _left(source, place, at, inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
-            x1 = _left(source, place, at + n_words, inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
-            x2 = _left(source, place, at + 2 * n_words, inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
-            x3 = _left(source, place, at + 3 * n_words, inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
-            x4 = _left(source, place, at + 4 * n_words, inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
-            x5 = _left(source, place, at + 5 * n_words, inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
-            x6 = _left(source, place, at + 6 * n_words, inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
-            x7 = _left(source, place, at + 7 * n_words, inside, P, columns, SPLITS, LIMIT, ALPHA, UP_OFFSET, DTYPE)
-        spread = tl.broadcast_to(scales_of(group, N, C // 32, SCALES)[:, :, None], (N, C // 32, 4)).reshape(N, C // 8)
-        if FORMAT == "int4_g32":
-            w0, w1, w2, w3, w4, w5, w6, w7 = int4_streams(words, spread, DTYPE, ASSEMBLY)
-        else:
-            w0, w1, w2, w3, w4, w5, w6, w7 = mxfp4_streams(words, spread, DTYPE, ASSEMBLY)
+        QUADS: tl.constexpr = COLUMNS // 4
+        GROUPS: tl.constexpr = COLUMNS // 32
+        q = step * (C // 4) + tl.arange(0, C // 4)
+        g = step * (C // 32) + tl.arange(0, C // 32)
+        w_at = weight + row_N[:, None] * QUADS + q[None, :]
+        s_at = scale + row_N[:, None] * GROUPS + g[None, :]
+        quads = tl.load(w_at) if EVEN else tl.load(w_at, mask=q[None, :] < QUADS, other=0)
+        group = tl.load(s_at) if EVEN else tl.load(s_at, mask=g[None, :] < GROUPS, other=0)
+        at = x + place_M[:, None] * COLUMNS + q[None, :]
+        inside = here_M[:, None] if EVEN else here_M[:, None] & (q[None, :] < QUADS)
+        x0 = tl.load(at, mask=inside, other=0.0)
+        x1 = tl.load(at + QUADS, mask=inside, other=0.0)
+        x2 = tl.load(at + 2 * QUADS, mask=inside, other=0.0)
+        x3 = tl.load(at + 3 * QUADS, mask=inside, other=0.0)
+        factor = factors(group, FORMAT, ASSEMBLY)
+        spread = tl.broadcast_to(factor[:, :, None], (N, C // 32, 8)).reshape(N, C // 4)
+        w0, w1, w2, w3 = streams(quads, spread, FORMAT, x.dtype.element_ty, ASSEMBLY)
         accumulator_NM = _dot(w0, x0.T, accumulator_NM)
         accumulator_NM = _dot(w1, x1.T, accumulator_NM)
         accumulator_NM = _dot(w2, x2.T, accumulator_NM)
-        accumulator_NM = _dot(w3, x3.T, accumulator_NM)
-        accumulator_NM = _dot(w4, x4.T, accumulator_NM)
-        accumulator_NM = _dot(w5, x5.T, accumulator_NM)
-        accumulator_NM = _dot(w6, x6.T, accumulator_NM)
-        return _dot(w7, x7.T, accumulator_NM)
+        return _dot(w3, x3.T, accumulator_NM)
 
 
 @triton.jit
@@ -162,60 +115,61 @@ def _gated(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr, UP_OFFSET: tl.con
 
 
 @triton.jit
-def _left(
-    source,
-    place,
-    c,
-    mask,
-    P,
-    F,
-    SPLITS: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    UP_OFFSET: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """The left side of a product, of row `place` and column `c` of `source`, which has F columns.
-
-    With SPLITS above 1 it is summed up and gated here, from the parts of gate and up that a split `gate_up` left.
-    """
-    if SPLITS == 1:
-        return tl.load(source + place * F + c, mask=mask, other=0.0)
-    else:
-        at = source + place * (2 * F) + c
-        gate = tl.load(at, mask=mask, other=0.0)
-        up = tl.load(at + F, mask=mask, other=0.0)
-        for split in tl.static_range(1, SPLITS):
-            part = at + tl.cast(P, tl.int64) * (2 * F) * split
-            gate += tl.load(part, mask=mask, other=0.0)
-            up += tl.load(part + F, mask=mask, other=0.0)
-        return tl.where(mask, _gated(gate, up, LIMIT, ALPHA, UP_OFFSET), 0.0).to(DTYPE)
-
-
-@triton.jit
-def _one_row(x_C, M: tl.constexpr):
-    """``(M, C)`` with `x_C` first and zeros below: products on tensor cores take no fewer."""
-    return tl.where((tl.arange(0, M) == 0)[:, None], x_C[None, :], 0.0).to(x_C.dtype)
-
-
-@triton.jit
 def _column(i, BLOCK_N: tl.constexpr, STREAMED: tl.constexpr):
     """The column of the intermediate that number i of a tile is: in order, or one stream of a tile after the other."""
     if STREAMED:
-        return i % (BLOCK_N // 8) * 8 + i // (BLOCK_N // 8)
+        return i % (BLOCK_N // 4) * 4 + i // (BLOCK_N // 4)
     else:
         return i
 
 
 @triton.jit
-def to_streams(x, out, D, BLOCK_W: tl.constexpr):
-    """``(T, D)`` to ``(T, 8, D / 8)``: every eighth column from 0 on, then from 1 on, as packed words have them."""
-    token = tl.program_id(1).to(tl.int64)
-    w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
-    c = tl.arange(0, 8)
-    here = w[:, None] < D // 8
-    x_WC = tl.load(x + token * D + w[:, None] * 8 + c[None, :], mask=here, other=0.0)
-    tl.store(out + token * D + c[None, :] * (D // 8) + w[:, None], x_WC, mask=here)
+def prepare(
+    source,
+    out,
+    scales,
+    P,
+    COLUMNS: tl.constexpr,
+    FORM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
+):
+    """Rows ``(P, COLUMNS)`` in the form that a product reads, into `out`.
+
+    With SPLITS, `source` is what a split `gate_up` left, float32 ``(SPLITS, P, 2 * COLUMNS)``, summed up and gated
+    here; with 0 it has the rows themselves. FORM: ``plain``; ``streams``, every fourth column from 0 on, then from 1 on
+    and so forth, as quads of packed numbers have them; ``fp8``, E4M3 with a float32 scale to each 128 columns, in
+    `scales` ``(P, COLUMNS / 128)``, as DeepSeek-V3 computes (arXiv 2412.19437, section 3.3).
+    """
+    await_previous(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here = c < COLUMNS
+    if SPLITS == 0:
+        value = tl.load(source + row * COLUMNS + c, mask=here, other=0.0)
+    else:
+        at = source + row * (2 * COLUMNS) + c
+        gate = tl.load(at, mask=here, other=0.0)
+        up = tl.load(at + COLUMNS, mask=here, other=0.0)
+        for split in tl.static_range(1, SPLITS):
+            part = at + tl.cast(P, tl.int64) * (2 * COLUMNS) * split
+            gate += tl.load(part, mask=here, other=0.0)
+            up += tl.load(part + COLUMNS, mask=here, other=0.0)
+        value = tl.where(here, _gated(gate, up, LIMIT, ALPHA, UP_OFFSET), 0.0)
+    if FORM == "fp8":
+        wide = value.to(tl.float32).reshape(BLOCK // 128, 128)
+        scale = tl.maximum(tl.max(tl.abs(wide), 1), 1e-10) / E4M3_MAX
+        value = (wide / scale[:, None]).reshape(BLOCK)
+        b = tl.program_id(1) * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
+        BLOCKS: tl.constexpr = (COLUMNS + 127) // 128
+        tl.store(scales + row * BLOCKS + b, scale, mask=b < BLOCKS)
+    if FORM == "streams":
+        c = c % 4 * (COLUMNS // 4) + c // 4
+    tl.store(out + row * COLUMNS + c, value.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -236,6 +190,7 @@ def _block(b, ids, order, blocks, E, K, PAIRWISE: tl.constexpr, M: tl.constexpr)
 @triton.jit
 def gate_up(
     x,
+    x_scale,
     weight,
     scale,
     bias,
@@ -246,11 +201,10 @@ def gate_up(
     out,
     P,
     E,
-    D,
-    F,
-    K,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    K: tl.constexpr,
     FORMAT: tl.constexpr,
-    SCALES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     PAIRWISE: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -258,31 +212,29 @@ def gate_up(
     UP_OFFSET: tl.constexpr,
     BIASED: tl.constexpr,
     SPLITS: tl.constexpr,
-    EVEN: tl.constexpr,
     GROUP: tl.constexpr,
-    DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """``gated(x @ gate.T, x @ up.T)`` of all pairs, ``(P, F)`` by place, in the dtype of `out`.
 
     With SPLITS the columns of x are shared out and `out` is float32 ``(SPLITS, P, 2 * F)``: parts of gate, then of up,
-    whose sum and gating `down` does. Programs walk tiles, GROUP blocks of pairs by all of one strip of columns at a
+    whose sum and gating `prepare` does. Programs walk tiles, GROUP blocks of pairs by all of one strip of columns at a
     time, so that an expert's blocks read its tile of weights while the cache holds it.
 
-    A packed format has x by streams (`to_streams`), unless it is PAIRWISE, and leaves `out` in that order for `down`.
+    A packed format has x by streams (`prepare`), and leaves `out` in that order for `down`.
     """
-    STREAMED: tl.constexpr = (FORMAT == "int4_g32" or FORMAT == "mxfp4") and not PAIRWISE
-    n_tiles = tl.cdiv(F, BLOCK_N)
+    STREAMED: tl.constexpr = (FORMAT == "int4_g32" or FORMAT == "mxfp4") and SPLITS == 1
+    N_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    STEPS: tl.constexpr = ((D + BLOCK_C - 1) // BLOCK_C + SPLITS - 1) // SPLITS
+    await_previous(PDL)
     n = P if PAIRWISE else tl.load(n_blocks)
-    for tile in range(tl.program_id(0), n * n_tiles * SPLITS, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), n * N_TILES * SPLITS, tl.num_programs(0)):
         split = tile % SPLITS
-        strip = tile // SPLITS // (GROUP * n_tiles)
-        size = tl.minimum(n - strip * GROUP, GROUP)
-        within = tile // SPLITS - strip * (GROUP * n_tiles)
-        b = strip * GROUP + within % size
-        begin_n = within // size * BLOCK_N
+        b, strip_n = _place_of(tile // SPLITS, n, N_TILES, GROUP)
+        begin_n = strip_n * BLOCK_N
         expert, place_M, pair_M, here_M = _block(b, ids, order, blocks, E, K, PAIRWISE, BLOCK_M)
         r = tl.arange(0, 2 * BLOCK_N)
         # Rows beyond F are computed as the last one and never stored.
@@ -292,33 +244,24 @@ def gate_up(
         row_N = expert.to(tl.int64) * (2 * F) + half_N * F + f_N
         scale_row_N = row_N
         if FORMAT == "fp8_block":
-            scale_row_N = (expert.to(tl.int64) * 2 + half_N) * tl.cdiv(F, 128) + f_N // 128
-        place = (b // K).to(tl.int64) if PAIRWISE else (pair_M // K).to(tl.int64)[:, None]
-        steps = tl.cdiv(tl.cdiv(D, BLOCK_C), SPLITS)
+            scale_row_N = (expert.to(tl.int64) * 2 + half_N) * ((F + 127) // 128) + f_N // 128
         accumulator = tl.zeros((2 * BLOCK_N, BLOCK_M), dtype=tl.float32)
-        for step in range(split * steps, (split + 1) * steps):
+        for step in range(split * STEPS, (split + 1) * STEPS):
             accumulator = _add_product(
                 accumulator,
                 x,
-                place,
+                x_scale,
+                (pair_M // K).to(tl.int64),
                 here_M,
                 weight,
                 scale,
                 row_N,
                 scale_row_N,
-                step * BLOCK_C,
+                step,
                 D,
-                P,
+                D % (BLOCK_C * SPLITS) == 0,
                 FORMAT,
-                SCALES,
                 ASSEMBLY,
-                EVEN,
-                PAIRWISE,
-                1,
-                LIMIT,
-                ALPHA,
-                UP_OFFSET,
-                DTYPE,
                 BLOCK_M,
                 2 * BLOCK_N,
                 BLOCK_C,
@@ -329,11 +272,10 @@ def gate_up(
         pairs = accumulator.reshape(BLOCK_N // HALF_RUN, 2, HALF_RUN, BLOCK_M).permute(0, 2, 3, 1)
         gate, up = pairs.split()
         gate_MN, up_MN = gate.reshape(BLOCK_N, BLOCK_M).T, up.reshape(BLOCK_N, BLOCK_M).T
-        i = tl.arange(0, BLOCK_N)
-        f = begin_n + _column(i, BLOCK_N, STREAMED)
+        f = begin_n + _column(tl.arange(0, BLOCK_N), BLOCK_N, STREAMED)
         mask = here_M[:, None] & (f[None, :] < F)
         if STREAMED:
-            f = f % 8 * (F // 8) + f // 8
+            f = f % 4 * (F // 4) + f // 4
         if SPLITS == 1:
             h_MN = _gated(gate_MN, up_MN, LIMIT, ALPHA, UP_OFFSET)
             tl.store(out + place_M[:, None].to(tl.int64) * F + f[None, :], h_MN.to(out.dtype.element_ty), mask=mask)
@@ -344,8 +286,21 @@ def gate_up(
 
 
 @triton.jit
+def _place_of(tile, n, N_TILES: tl.constexpr, GROUP: tl.constexpr):
+    """The block of pairs and the strip of columns of tile number `tile`, of `n` blocks and N_TILES strips."""
+    if GROUP == 1:
+        return tile // N_TILES, tile % N_TILES
+    else:
+        first = tile // (GROUP * N_TILES) * GROUP
+        within = tile % (GROUP * N_TILES)
+        size = tl.minimum(n - first, GROUP)
+        return first + within % size, within // size
+
+
+@triton.jit
 def down(
     hidden,
+    hidden_scale,
     weight,
     scale,
     bias,
@@ -354,118 +309,106 @@ def down(
     blocks,
     n_blocks,
     out,
-    P,
     E,
-    D,
-    F,
+    D: tl.constexpr,
+    F: tl.constexpr,
     FORMAT: tl.constexpr,
-    SCALES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    UP_OFFSET: tl.constexpr,
     BIASED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    EVEN: tl.constexpr,
     GROUP: tl.constexpr,
-    DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
-    """``hidden @ down.T`` times the router's weight, ``(P, D)`` by pair in the dtype of `out`; `combine` sums it up."""
-    n_tiles = tl.cdiv(D, BLOCK_N)
+    """``hidden @ down.T`` times the router's weight, ``(P, D)`` by pair in the dtype of `out`; `combine` sums it up.
+
+    A program has neighbouring tiles and walks them in one loop of all their steps: the few steps of a tile would end
+    before the loads of the next could be under way.
+    """
+    N_TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    STEPS: tl.constexpr = (F + BLOCK_C - 1) // BLOCK_C
+    await_previous(PDL)
     n = tl.load(n_blocks)
-    for tile in range(tl.program_id(0), n * n_tiles, tl.num_programs(0)):
-        strip = tile // (GROUP * n_tiles)
-        size = tl.minimum(n - strip * GROUP, GROUP)
-        within = tile - strip * (GROUP * n_tiles)
-        b = strip * GROUP + within % size
-        begin_n = within // size * BLOCK_N
+    each = tl.cdiv(n * N_TILES, tl.num_programs(0))
+    first = tl.program_id(0) * each
+    last = tl.minimum(first + each, n * N_TILES)
+    accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for at in range(first * STEPS, last * STEPS):
+        step = at % STEPS
+        b, strip = _place_of(at // STEPS, n, N_TILES, GROUP)
         expert, place_M, pair_M, here_M = _block(b, order, order, blocks, E, 1, False, BLOCK_M)
-        d = begin_n + tl.arange(0, BLOCK_N)
+        d = strip * BLOCK_N + tl.arange(0, BLOCK_N)
         d_N = tl.minimum(d, D - 1)
         row_N = expert.to(tl.int64) * D + d_N
         scale_row_N = row_N
         if FORMAT == "fp8_block":
-            scale_row_N = expert.to(tl.int64) * tl.cdiv(D, 128) + d_N // 128
-        place = place_M[:, None].to(tl.int64)
-        accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-        for step in range(tl.cdiv(F, BLOCK_C)):
-            accumulator = _add_product(
-                accumulator,
-                hidden,
-                place,
-                here_M,
-                weight,
-                scale,
-                row_N,
-                scale_row_N,
-                step * BLOCK_C,
-                F,
-                P,
-                FORMAT,
-                SCALES,
-                ASSEMBLY,
-                EVEN,
-                False,
-                SPLITS,
-                LIMIT,
-                ALPHA,
-                UP_OFFSET,
-                DTYPE,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_C,
-            )
-        if BIASED:
-            accumulator += tl.load(bias + row_N).to(tl.float32)[:, None]
-        accumulator *= tl.load(router_weights + pair_M, mask=here_M, other=0.0).to(tl.float32)[None, :]
-        mask = here_M[:, None] & (d[None, :] < D)
-        tl.store(out + pair_M[:, None].to(tl.int64) * D + d[None, :], accumulator.T.to(out.dtype.element_ty), mask=mask)
+            scale_row_N = expert.to(tl.int64) * ((D + 127) // 128) + d_N // 128
+        accumulator = _add_product(
+            accumulator,
+            hidden,
+            hidden_scale,
+            place_M.to(tl.int64),
+            here_M,
+            weight,
+            scale,
+            row_N,
+            scale_row_N,
+            step,
+            F,
+            F % BLOCK_C == 0,
+            FORMAT,
+            ASSEMBLY,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_C,
+        )
+        if step == STEPS - 1:
+            y_NM = accumulator
+            if BIASED:
+                y_NM += tl.load(bias + row_N).to(tl.float32)[:, None]
+            y_NM *= tl.load(router_weights + pair_M, mask=here_M, other=0.0).to(tl.float32)[None, :]
+            mask = here_M[:, None] & (d[None, :] < D)
+            tl.store(out + pair_M[:, None].to(tl.int64) * D + d[None, :], y_NM.T.to(out.dtype.element_ty), mask=mask)
+            accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
 
 
 @triton.jit
 def down_by_token(
     hidden,
+    hidden_scale,
     weight,
     scale,
     bias,
     router_weights,
     ids,
     out,
-    P,
     E,
-    D,
-    F,
-    K,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    K: tl.constexpr,
     FORMAT: tl.constexpr,
-    SCALES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    UP_OFFSET: tl.constexpr,
     BIASED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    EVEN: tl.constexpr,
-    DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """`down` and `combine` in one for a few tokens, ``(T, D)``: a program has some columns of one token, of all slots.
 
     `hidden` is by pair. An expert that several tokens chose is read for each of them, from the cache if all goes well.
     """
-    token, begin_n = tl.program_id(1), tl.program_id(0) * BLOCK_N
-    d = begin_n + tl.arange(0, BLOCK_N)
+    STEPS: tl.constexpr = (F + BLOCK_C - 1) // BLOCK_C
+    await_previous(PDL)
+    token = tl.program_id(1)
+    d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d_N = tl.minimum(d, D - 1)
     first_M = tl.arange(0, BLOCK_M) == 0
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    steps = tl.cdiv(F, BLOCK_C)
-    for step in range(K * steps):
-        pair = token * K + step // steps
-        begin = step % steps * BLOCK_C
+    for at in range(K * STEPS):
+        pair = token * K + at // STEPS
+        step = at % STEPS
         expert = tl.load(ids + pair).to(tl.int32)
         known = (expert >= 0) & (expert < E)
         expert = tl.where(known, expert, 0)
@@ -473,35 +416,28 @@ def down_by_token(
         row_N = expert.to(tl.int64) * D + d_N
         scale_row_N = row_N
         if FORMAT == "fp8_block":
-            scale_row_N = expert.to(tl.int64) * tl.cdiv(D, 128) + d_N // 128
+            scale_row_N = expert.to(tl.int64) * ((D + 127) // 128) + d_N // 128
         part = _add_product(
             tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32),
             hidden,
-            pair.to(tl.int64),
+            hidden_scale,
+            (pair + tl.arange(0, BLOCK_M)).to(tl.int64),
             first_M,
             weight,
             scale,
             row_N,
             scale_row_N,
-            begin,
+            step,
             F,
-            P,
+            F % BLOCK_C == 0,
             FORMAT,
-            SCALES,
             ASSEMBLY,
-            EVEN,
-            True,
-            SPLITS,
-            LIMIT,
-            ALPHA,
-            UP_OFFSET,
-            DTYPE,
             BLOCK_M,
             BLOCK_N,
             BLOCK_C,
         )
         if BIASED:
-            part += tl.where(begin == 0, tl.load(bias + row_N).to(tl.float32), 0.0)[:, None]
+            part += tl.where(step == 0, tl.load(bias + row_N).to(tl.float32), 0.0)[:, None]
         # What weighs nothing adds nothing, be it NaN; an expert that does not exist makes everything NaN.
         part = tl.where(factor == 0.0, 0.0, part * factor)
         total += tl.where(known, part, float("nan"))
@@ -510,15 +446,28 @@ def down_by_token(
 
 
 @triton.jit
-def combine(pairs, ids, router_weights, base, out, E, D, K, BASED: tl.constexpr, BLOCK_D: tl.constexpr):
+def combine(
+    pairs,
+    ids,
+    router_weights,
+    base,
+    out,
+    E,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BASED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = False,
+):
     """The sum over a token's slots, in float32, ``(T, D)``; BASED: added to `base`, ``(T, D)`` too."""
-    token, d = tl.program_id(1), tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    await_previous(PDL)
+    token, d = tl.program_id(0), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     here = d < D
     total = tl.zeros((BLOCK_D,), dtype=tl.float32)
     at = token.to(tl.int64) * D + d
     if BASED:
         total += tl.load(base + at, mask=here, other=0.0).to(tl.float32)
-    for k in range(K):
+    for k in tl.static_range(K):  # unrolled, so that all slots are under way at once
         pair = token * K + k
         expert = tl.load(ids + pair)
         known = (expert >= 0) & (expert < E)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from loader.kernels.base import ExpertWeights
 from loader.kernels.configs import HOPPER_SHARED_BYTES, KINDS, PACKED, Config, Shape, Tiles, default, power_of_two
-from loader.kernels.triton_experts import INTERPRETED, combine, down, down_by_token, gate_up, to_streams
+from loader.kernels.triton_experts import INTERPRETED, combine, down, down_by_token, gate_up, prepare
+from loader.kernels.triton_overlap import overlapping
 from loader.kernels.triton_schedule import cut_blocks, schedule_small, sort_pairs
 
 SMALL = 256
@@ -27,8 +28,8 @@ Launch = Callable[..., None]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run it."""
-    kernel[grid](*arguments, **options)
+    """Run it, on the device of its first argument."""
+    kernel[grid](*arguments, **options, **overlapping(arguments[0].device))
 
 
 class TritonExperts:
@@ -47,9 +48,8 @@ class TritonExperts:
             )
         w13, w2 = weights.stacked("w13"), weights.stacked("w2")
         self.kind, self.launch, self._assembly = kind, launch, assembly
-        self.w13, self.w2 = _words(w13["weight"], kind), _words(w2["weight"], kind)
-        self.scale13, self.scales13 = _scale(w13.get("scale"), self.w13, kind)
-        self.scale2, self.scales2 = _scale(w2.get("scale"), self.w2, kind)
+        self.w13, self.w2 = _quads(w13["weight"], kind), _quads(w2["weight"], kind)
+        self.scale13, self.scale2 = _scale(w13.get("scale"), self.w13), _scale(w2.get("scale"), self.w2)
         self.is_exact_in_bf16 = all(
             w["scale"].dtype in (torch.bfloat16, torch.uint8, torch.float8_e8m0fnu) for w in (w13, w2) if "scale" in w
         )
@@ -95,15 +95,14 @@ class TritonExperts:
         config = config or counted(self.shape(k), x_TD)
         call = _Call(self, x_TD, ids, router, config)
         if config.by_token:
-            hidden = call.gate_up(None)
-            y_TD = call.down_by_token(hidden, y_TD)
+            y_TD = call.down_by_token(call.gate_up(None), y_TD)
             return y_TD if base_TD is None else y_TD.add_(base_TD)
         schedule = call.schedule()
         pairs_PD = call.down(call.gate_up(schedule), schedule)
-        block = 1024
+        block = 512
         self.launch(
             combine,
-            (-(-self.hidden_size // block), tokens),
+            (tokens, -(-self.hidden_size // block)),
             pairs_PD,
             ids,
             router,
@@ -141,22 +140,43 @@ class _Call:
     """One call: its inputs, and the launches that share them."""
 
     def __init__(self, experts: TritonExperts, x_TD: Tensor, ids: Tensor, router: Tensor, config: Config) -> None:
-        self.experts, self.x, self.ids, self.router, self.config = experts, x_TD, ids, router, config
-        self.pairs, self.k = ids.numel(), ids.shape[1]
-        if experts.kind in PACKED and not config.by_token:
-            self.x = torch.empty_like(x_TD)
-            tokens, hidden = x_TD.shape
-            experts.launch(to_streams, (-(-hidden // 1024), tokens), x_TD, self.x, hidden, BLOCK_W=128)
+        self.experts, self.ids, self.router, self.config = experts, ids, router, config
+        self.pairs, self.k, self.dtype = ids.numel(), ids.shape[1], x_TD.dtype
         native = _is_nvidia(x_TD.device) if experts._assembly is None else experts._assembly
         # It computes in bf16, from scales that are bf16 or powers of two.
         self.assembly = native and x_TD.dtype == torch.bfloat16 and experts.kind in PACKED and experts.is_exact_in_bf16
+        fp8 = experts.kind == "fp8_block" and x_TD.dtype != torch.float32
+        self.form = "streams" if experts.kind in PACKED else "fp8" if fp8 else "plain"
+        self.x, self.x_scale = self._prepared(x_TD)
+
+    def _prepared(self, rows: Tensor, splits: int = 0) -> tuple[Tensor, Tensor]:
+        """Rows ``(P, C)``, or ``(splits, P, 2 C)`` of gate_up, as a product reads them, and their scales."""
+        if self.form == "plain" and not splits:
+            return rows, rows
+        count, columns = rows.shape[-2], rows.shape[-1] // (2 if splits else 1)
+        fp8 = self.form == "fp8"
+        out = torch.empty(count, columns, dtype=torch.float8_e4m3fn if fp8 else self.dtype, device=rows.device)
+        scales = torch.empty(count, -(-columns // 128), dtype=torch.float32, device=rows.device) if fp8 else out
+        block = min(power_of_two(columns, 128), 1024)
+        self.experts.launch(
+            prepare,
+            (count, -(-columns // block)),
+            rows,
+            out,
+            scales,
+            count,
+            COLUMNS=columns,
+            FORM=self.form,
+            SPLITS=splits,
+            BLOCK=block,
+            **self.experts.activation,
+        )
+        return out, scales
 
     def schedule(self) -> _Schedule:
         """Sort the pairs by expert: one launch where they are few, else two."""
         ids, router, n_slots, block_m = self.ids, self.router, self.experts.n_slots, self.config.block_m
         made = _Schedule(ids, n_slots, block_m)
-        experts = power_of_two(n_slots + 1)
-        room = torch.empty(2 * experts, dtype=torch.int32, device=ids.device)
         if self.pairs <= SMALL:
             size = power_of_two(self.pairs, 16)
             self.experts.launch(
@@ -167,34 +187,36 @@ class _Call:
                 made.order,
                 made.blocks,
                 made.n,
-                room,
+                torch.empty(size, dtype=torch.int32, device=ids.device),
                 self.pairs,
                 n_slots,
                 PAIRS=size,
-                EXPERTS=experts,
-                CHUNK=min(size, 64),
+                CHUNK=16,
                 BLOCK_M=block_m,
                 num_warps=8,
             )
             return made
+        experts = power_of_two(n_slots + 1)
+        room = torch.empty(2 * experts, dtype=torch.int32, device=ids.device)
         chunk = min(power_of_two(self.pairs), 4096)
         self.experts.launch(sort_pairs, (n_slots,), ids, router, made.order, room, self.pairs, n_slots, CHUNK=chunk)
         self.experts.launch(cut_blocks, (1,), room, made.blocks, made.n, n_slots, EXPERTS=experts, BLOCK_M=block_m)
         return made
 
-    def gate_up(self, schedule: _Schedule | None) -> Tensor:
+    def gate_up(self, schedule: _Schedule | None) -> tuple[Tensor, Tensor]:
+        """The intermediate of all pairs as `down` reads it, and its scales."""
         e, c, t = self.experts, self.config, self.config.gate_up
         if c.splits > 1:
             out = torch.empty(c.splits, self.pairs, 2 * e.width, dtype=torch.float32, device=self.x.device)
         else:
-            out = torch.empty(self.pairs, e.width, dtype=self.x.dtype, device=self.x.device)
+            out = torch.empty(self.pairs, e.width, dtype=self.dtype, device=self.x.device)
         n_blocks = self.pairs if schedule is None else schedule.most
-        tiles = n_blocks * -(-e.width // t.block_n) * c.splits
         order, blocks, count = (self.ids,) * 3 if schedule is None else (schedule.order, schedule.blocks, schedule.n)
         e.launch(
             gate_up,
-            self._grid(tiles),
+            self._grid(n_blocks * -(-e.width // t.block_n) * c.splits, t),
             self.x,
+            self.x_scale,
             e.w13,
             e.scale13,
             e.bias13 if e.bias13 is not None else e.w13,
@@ -205,25 +227,25 @@ class _Call:
             out,
             self.pairs,
             e.n_slots,
-            e.hidden_size,
-            e.width,
-            self.k,
+            K=self.k,
             PAIRWISE=schedule is None,
-            EVEN=e.hidden_size % (t.block_c * c.splits) == 0,
+            SPLITS=c.splits,
             GROUP=t.group,
             BIASED=e.bias13 is not None,
-            SCALES=e.scales13,
             **self._common(t),
+            **e.activation,
         )
-        return out
+        if c.splits > 1:
+            return self._prepared(out, c.splits)
+        return self._prepared(out) if self.form == "fp8" else (out, out)
 
-    def down(self, hidden: Tensor, schedule: _Schedule) -> Tensor:
+    def down(self, hidden: tuple[Tensor, Tensor], schedule: _Schedule) -> Tensor:
         e, t = self.experts, self.config.down
-        out = torch.empty(self.pairs, e.hidden_size, dtype=self.x.dtype, device=self.x.device)
+        out = torch.empty(self.pairs, e.hidden_size, dtype=self.dtype, device=self.x.device)
         e.launch(
             down,
-            self._grid(schedule.most * -(-e.hidden_size // t.block_n)),
-            hidden,
+            self._grid(schedule.most * -(-e.hidden_size // t.block_n), t),
+            *hidden,
             e.w2,
             e.scale2,
             e.bias2 if e.bias2 is not None else e.w2,
@@ -232,62 +254,48 @@ class _Call:
             schedule.blocks,
             schedule.n,
             out,
-            self.pairs,
             e.n_slots,
-            e.hidden_size,
-            e.width,
             GROUP=t.group,
-            **self._of_down(),
+            BIASED=e.bias2 is not None,
+            **self._common(t),
         )
         return out
 
-    def down_by_token(self, hidden: Tensor, out: Tensor) -> Tensor:
+    def down_by_token(self, hidden: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
         e, t = self.experts, self.config.down
         e.launch(
             down_by_token,
-            (-(-e.hidden_size // t.block_n), len(self.x)),
-            hidden,
+            (-(-e.hidden_size // t.block_n), len(out)),
+            *hidden,
             e.w2,
             e.scale2,
             e.bias2 if e.bias2 is not None else e.w2,
             self.router,
             self.ids,
             out,
-            self.pairs,
             e.n_slots,
-            e.hidden_size,
-            e.width,
-            self.k,
-            **self._of_down(),
+            K=self.k,
+            BIASED=e.bias2 is not None,
+            **self._common(t),
         )
         return out
 
-    def _of_down(self) -> dict[str, Any]:
-        e, t = self.experts, self.config.down
-        return {
-            "EVEN": e.width % t.block_c == 0,
-            "BIASED": e.bias2 is not None,
-            "SCALES": e.scales2,
-            **self._common(t),
-        }
-
     def _common(self, tiles: Tiles) -> dict[str, Any]:
         return {
+            "D": self.experts.hidden_size,
+            "F": self.experts.width,
             "FORMAT": self.experts.kind,
             "ASSEMBLY": self.assembly,
-            "SPLITS": self.config.splits,
-            "DTYPE": _triton_dtype(self.x.dtype),
             "BLOCK_M": self.config.block_m,
             "BLOCK_N": tiles.block_n,
             "BLOCK_C": tiles.block_c,
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
-            **self.experts.activation,
         }
 
-    def _grid(self, tiles: int) -> tuple[int]:
-        programs = self.config.programs * multiprocessors(self.x.device)
-        return (min(tiles, programs) if programs else tiles,)
+    def _grid(self, n: int, tiles: Tiles) -> tuple[int]:
+        programs = tiles.programs * multiprocessors(self.x.device)
+        return (min(n, programs) if programs else n,)
 
 
 class _Schedule:
@@ -301,33 +309,20 @@ class _Schedule:
         self.n = torch.empty(1, dtype=torch.int32, device=ids.device)
 
 
-def _words(weight: Tensor, kind: str) -> Tensor:
-    """Packed numbers as int32; their rows are whole words, as the kernels' formats have groups of 32."""
-    return weight.view(torch.int32) if kind in PACKED else weight
+def _quads(weight: Tensor, kind: str) -> Tensor:
+    """Packed numbers as int16; their rows are whole quads, as the kernels' formats have groups of 32."""
+    return weight.view(torch.int16) if kind in PACKED else weight
 
 
-def _scale(scale: Tensor | None, weight: Tensor, kind: str) -> tuple[Tensor, int]:
-    """Scales as the kernels read them, and how many come in an element; see `scales_of`.
-
-    E8M0 is read as its codes; a format without scales gets what is never read.
-    """
+def _scale(scale: Tensor | None, weight: Tensor) -> Tensor:
+    """Scales as the kernels read them: E8M0 as its codes; a format without scales gets what is never read."""
     if scale is None:
-        return weight, 1
-    codes = scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
-    together = {torch.bfloat16: 2, torch.uint8: 4}.get(codes.dtype, 1)
-    if kind not in PACKED or codes.shape[-1] % together:
-        return codes, 1
-    return codes.view(torch.int32) if together > 1 else codes, together
+        return weight
+    return scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
 
 
 def _is_nvidia(device: torch.device) -> bool:
     return not INTERPRETED.value and device.type == "cuda" and torch.version.hip is None
-
-
-def _triton_dtype(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
 
 
 def counted(shape: Shape, x_TD: Tensor) -> Config:

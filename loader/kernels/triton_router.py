@@ -79,6 +79,6 @@ class TritonRouter(nn.Module):
             S=self.n_shared,
             EXPERTS=triton.next_power_of_2(experts),
             SLOTS=triton.next_power_of_2(slots),
-            num_warps=4,
+            num_warps=1 if experts <= 512 else 4,  # one warp finds its largest without waiting for others
         )
         return weights, ids

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from loader.kernels.triton_overlap import await_previous
+
 
 @triton.jit
 def _experts(ids, weights, at, P, E):
@@ -31,53 +33,55 @@ def schedule_small(
     order,
     blocks,
     n_blocks,
-    starts,
+    opened,
     P,
     E,
     PAIRS: tl.constexpr,
-    EXPERTS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
-    """The whole schedule in one program, for at most PAIRS pairs, a power of two; EXPERTS is one beyond E.
+    """The whole schedule in one program, for at most PAIRS pairs, a power of two, each compared with each other.
 
-    `starts` is room for int32 ``(2, EXPERTS)``.
+    `opened` is room for int32 ``(PAIRS,)``: the blocks of a pair's expert with its first pair, 0 with the others.
     """
+    await_previous(PDL)
     at = tl.arange(0, PAIRS)
     expert = _experts(ids, weights, at, P, E)
-    count = tl.histogram(expert, EXPERTS)
-    e = tl.arange(0, EXPERTS)
-    count = tl.where(e < E, count, 0)
-    n = (count + BLOCK_M - 1) // BLOCK_M
-    first = tl.cumsum(count, 0) - count
-    first_block = tl.cumsum(n, 0) - n
-    tl.store(starts + e, first)
-    tl.store(starts + EXPERTS + e, first_block)
-    tl.store(n_blocks, tl.sum(n, 0))
-    # The same program's threads read below what others of them wrote above.
-    tl.debug_barrier()
-    rank, total = tl.zeros((PAIRS,), dtype=tl.int32), tl.zeros((PAIRS,), dtype=tl.int32)
+    here = expert < E
+    less, same, rank = tl.zeros((PAIRS,), tl.int32), tl.zeros((PAIRS,), tl.int32), tl.zeros((PAIRS,), tl.int32)
     for begin in range(0, P, CHUNK):
         other_at = begin + tl.arange(0, CHUNK)
         other = _experts(ids, weights, other_at, P, E)
-        same = expert[:, None] == other[None, :]
-        total += tl.sum(same.to(tl.int32), 1)
-        rank += tl.sum((same & (other_at[None, :] < at[:, None])).to(tl.int32), 1)
-    here = expert < E
-    place = tl.load(starts + expert, mask=here, other=0) + rank
+        equal = expert[:, None] == other[None, :]
+        less += tl.sum((other[None, :] < expert[:, None]).to(tl.int32), 1)
+        same += tl.sum(equal.to(tl.int32), 1)
+        rank += tl.sum((equal & (other_at[None, :] < at[:, None])).to(tl.int32), 1)
+    opens = tl.where(here & (rank == 0), (same + BLOCK_M - 1) // BLOCK_M, 0)
+    tl.store(opened + at, opens)
+    tl.store(n_blocks, tl.sum(opens, 0))
+    # The same program's threads read below what others of them wrote above.
+    tl.debug_barrier()
+    block = rank // BLOCK_M
+    for begin in range(0, P, CHUNK):
+        other_at = begin + tl.arange(0, CHUNK)
+        other = _experts(ids, weights, other_at, P, E)
+        theirs = tl.load(opened + other_at)
+        block += tl.sum(tl.where(other[None, :] < expert[:, None], theirs[None, :], 0), 1)
+    place = less + rank
     tl.store(order + place, at, mask=here)
-    block = tl.load(starts + EXPERTS + expert, mask=here, other=0) + rank // BLOCK_M
     opens = here & (rank % BLOCK_M == 0)
     tl.store(blocks + 3 * block, expert, mask=opens)
     tl.store(blocks + 3 * block + 1, place, mask=opens)
     # Whoever comes last in a block closes it: the next of the same expert would open another, or there is none.
-    closes = here & ((rank % BLOCK_M == BLOCK_M - 1) | (rank == total - 1))
+    closes = here & ((rank % BLOCK_M == BLOCK_M - 1) | (rank == same - 1))
     tl.store(blocks + 3 * block + 2, place + 1, mask=closes)
 
 
 @triton.jit
-def sort_pairs(ids, weights, order, spans, P, E, CHUNK: tl.constexpr):
+def sort_pairs(ids, weights, order, spans, P, E, CHUNK: tl.constexpr, PDL: tl.constexpr = False):
     """One program an expert: its pairs into their places in `order`, and ``spans`` ``(E, 2)``: first and end."""
+    await_previous(PDL)
     mine = tl.program_id(0)
     before = tl.zeros((CHUNK,), dtype=tl.int32)
     for begin in range(0, P, CHUNK):
@@ -96,8 +100,11 @@ def sort_pairs(ids, weights, order, spans, P, E, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def cut_blocks(spans, blocks, n_blocks, E, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+def cut_blocks(
+    spans, blocks, n_blocks, E, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr = False
+):
     """One program: the spans of `sort_pairs` cut into blocks of at most BLOCK_M."""
+    await_previous(PDL)
     e = tl.arange(0, EXPERTS)
     here = e < E
     first = tl.load(spans + 2 * e, mask=here, other=0)

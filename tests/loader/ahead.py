@@ -31,6 +31,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
@@ -56,8 +57,9 @@ class Launch:
         signature: dict[str, str] = {}
         constants: dict[tuple[int, ...], Any] = {}
         attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+        keywords = self.keywords | {"PDL": arch in ("sm90", "sm100")}
         for i, parameter in enumerate(self.kernel.params):
-            value = self.arguments[i] if i < len(self.arguments) else self.keywords[parameter.name]
+            value = self.arguments[i] if i < len(self.arguments) else keywords[parameter.name]
             if parameter.is_constexpr or (isinstance(value, int) and value == 1):
                 signature[parameter.name], constants[i,] = "constexpr", value
                 continue

@@ -62,6 +62,7 @@ def distance(config: Config, goal: Config) -> float:
             for name in ("block_n", "block_c", "warps", "stages")
         )
         + 10 * abs(math.log2(config.block_m / goal.block_m))
+        + abs(config.down.programs - goal.down.programs)
     )
 
 

@@ -33,9 +33,9 @@ def layer() -> Any:
     return triton_layer
 
 
-def small_tiles(format_name: str, **other: Any) -> Config:
+def small_tiles(format_name: str, *, walked: int = 0, **other: Any) -> Config:
     step = 128 if format_name != "bf16" else 32
-    tiles = Tiles(block_n=16, block_c=step, warps=4, stages=2)
+    tiles = Tiles(block_n=16, block_c=step, warps=4, stages=2, programs=walked)
     return replace(Config(block_m=16, gate_up=tiles, down=tiles), **other)
 
 
@@ -49,8 +49,8 @@ CONFIGS = [
     {"splits": 3},
     {},
     {"block_m": 32},
-    {"programs": 1},
-    {"programs": 1, "block_m": 64},
+    {"walked": 1},
+    {"walked": 1, "block_m": 64},
 ]
 FORMATS = ["bf16", "fp16", "fp32", "fp8_block", "int4_g32", "mxfp4"]
 
@@ -275,7 +275,7 @@ def test_every_code_with_every_scale_is_unpacked_exactly(layer: Any, format_name
     triton = pytest.importorskip("triton")
     numbers = torch.empty(256, 256)
     _show_unpacked(triton)[(1,)](
-        w2.view(torch.int32),
+        w2.view(torch.int16),
         scale.view(torch.uint8) if format_name == "mxfp4" else scale,
         numbers,
         FORMAT=format_name,
