@@ -123,13 +123,17 @@ class Checkpoint:
             ) from None
 
     def _shard(self, name: str) -> int:
-        with self._opening:
-            if name not in self._shards:
-                shard = os.open(self.index.folder / name, os.O_RDONLY)
-                self._stack.callback(os.close, shard)
-                self._require_same(name, shard)
-                self._shards[name] = shard
-            return self._shards[name]
+        if name not in self._shards:  # whoever finds it there need not wait for anyone
+            with self._opening:
+                if name not in self._shards:
+                    self._shards[name] = self._open(name)
+        return self._shards[name]
+
+    def _open(self, name: str) -> int:
+        shard = os.open(self.index.folder / name, os.O_RDONLY)
+        self._stack.callback(os.close, shard)
+        self._require_same(name, shard)
+        return shard
 
     def _require_same(self, name: str, shard: int) -> None:
         data_start = min(info.start for info in self._indexed[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +13,20 @@ from gatekeeper import CheckpointError, Index, TensorInfo
 from loader.accounts import Ledger, Slot
 from loader.checkpoint import DTYPES, dtype_name
 from loader.errors import BuildError
+from loader.formats.base import Span
 from loader.plan import LayerPlan, Placement
 from loader.transfer import Transfer
 
 MAX_SHOWN = 20
+
+
+class _Place(NamedTuple):
+    """Rows of a parameter, in every slot of it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    slots: Sequence[Tensor]
+    """Bytes by expert; of a parameter that is not stacked, of one."""
 
 
 class Filling:
@@ -33,7 +44,7 @@ class Filling:
         self._plan, self._index, self._parameter = plan, index, parameter
         self._problems: list[str] = []
         self._fitting: list[Placement] = []
-        self._stacks: dict[str, Sequence[Tensor]] = {}
+        self._places: dict[tuple[str, Span], _Place] = {}
         self._blocks: dict[object, Tensor] = {}
         self._found = torch.zeros((len(plan.notes), 2), dtype=torch.int64)
         keys = [*(placement.key for placement in plan.placements), *(note.key for note in plan.notes), *plan.unused]
@@ -42,8 +53,8 @@ class Filling:
             owed |= {name: index.tensors[name].shape for name in _below(plan.name, names or sorted(index.tensors))}
         self._ledger = Ledger(slots, owed, whole=plan.held is None)
         transfers = [self._transfer(placement) for placement in plan.placements]
-        two = torch.empty(2, dtype=torch.int64, device="meta")
-        transfers += [Transfer(self._info(n.key), two, f) for n, f in zip(plan.notes, self._found, strict=True)]
+        two, found = torch.empty(2, dtype=torch.int64, device="meta"), self._found.view(torch.uint8).unbind()
+        transfers += [Transfer(self._info(n.key), two, f) for n, f in zip(plan.notes, found, strict=True)]
         # Where something does not fit the load fails, so that there is nothing to be read for.
         self.transfers = [] if self._problems else [transfer for transfer in transfers if transfer]
 
@@ -67,24 +78,28 @@ class Filling:
     def _transfer(self, placement: Placement) -> Transfer | None:
         """None for what does not fit, which is a problem."""
         info = self._info(placement.key)
-        slot = self._slot(placement.param, placement.expert)
-        rows = slot[placement.rows[0] : placement.rows[1]]
+        place = self._place(placement)
         dtype = DTYPES.get(info.dtype)
-        block = None if dtype is None else self._block(placement, info.shape, dtype, rows.dim())
-        # A copy would cast between any two dtypes and broadcast, both in silence; bytes would be taken for anything.
-        if block is None or block.shape != rows.shape or dtype != rows.dtype:
-            theirs = f"{list(info.shape)} {info.dtype}" if block is None else _words(block)
-            self._problems.append(f"`{placement.key}` is {theirs}, its place in {placement.param} {_words(rows)}")
+        block = None if dtype is None else self._block(placement, info.shape, dtype, len(place.shape))
+        # A copy would broadcast in silence, and bytes would be taken for anything.
+        if block is None or block.shape != place.shape or dtype != place.dtype:
+            theirs = f"{list(info.shape)} {info.dtype}" if block is None else _words(block.shape, block.dtype)
+            ours = _words(place.shape, place.dtype)
+            self._problems.append(f"`{placement.key}` is {theirs}, its place in {placement.param} {ours}")
             return None
         self._fitting.append(placement)
-        return Transfer(info, block, rows)
+        return Transfer(info, block, place.slots[placement.expert or 0])
 
-    def _slot(self, param: str, expert: int | None) -> Tensor:
-        if expert is None:
-            return self._parameter(param).detach()
-        if param not in self._stacks:
-            self._stacks[param] = self._parameter(param).detach().unbind()
-        return self._stacks[param][expert]
+    def _place(self, placement: Placement) -> _Place:
+        """Worked out for all slots at once: a call into torch for each would wait for the threads that read."""
+        alike = (placement.param, placement.rows)
+        if alike not in self._places:
+            whole = self._parameter(placement.param).detach()
+            stack = whole[None] if placement.expert is None else whole
+            rows = stack[:, placement.rows[0] : placement.rows[1]]
+            slots = rows.view(len(rows), -1).view(torch.uint8).unbind()
+            self._places[alike] = _Place(rows.shape[1:], rows.dtype, slots)
+        return self._places[alike]
 
     def _block(self, placement: Placement, shape: tuple[int, ...], dtype: torch.dtype, axes: int) -> Tensor:
         """On the meta device: what is cut out is known by shape, strides and offset before a byte is read."""
@@ -105,5 +120,5 @@ def _below(prefix: str, names: Sequence[str]) -> Sequence[str]:
     return names[bisect_left(names, f"{prefix}.") : bisect_left(names, f"{prefix}/")]
 
 
-def _words(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {dtype_name(tensor.dtype)}"
+def _words(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{list(shape)} {dtype_name(dtype)}"

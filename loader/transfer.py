@@ -1,7 +1,11 @@
 """Bytes of the files into the rows of slots; what lies side by side in a file and is wanted whole is read as one.
 
-Read straight to where it goes, on the CPU; to a GPU through pinned memory, two pieces to a thread, so that reading the
+Read straight to where it goes, on the CPU; to a GPU through pinned memory, some pieces to a thread, so that reading the
 next one overlaps the copy of the last. Rows of which only some columns are wanted go through a small buffer first.
+
+Each call into torch gives the interpreter's lock away and has to win it back from all other threads, which costs more
+than the call. So everything here is bytes and plain numbers, and a thread makes three such calls for a piece: wait,
+copy, record.
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache, partial
+from itertools import cycle
+from operator import attrgetter
 from types import TracebackType
 from typing import Self
 
@@ -22,13 +28,15 @@ from gatekeeper import TensorInfo
 from loader.checkpoint import Checkpoint, bytes_of
 
 PIECE_BYTES = 4 << 20
-"""What is read as one: large enough for full PCIe bandwidth, small enough for two a thread to stay in the cache."""
+"""What is read as one: large enough for full PCIe bandwidth, small enough for all under way to stay in the cache."""
+PIECES_A_THREAD = 2
+"""One is read into while the others are copied."""
 SCRATCH_BYTES = 1 << 20
 """Rows of which only some columns are wanted, read whole: they stay in the core's cache until they are cut."""
 LARGEST_SERIAL_COPY = 1 << 15
 """Elements up to which torch copies in the calling thread: ``at::internal::GRAIN_SIZE``. Here every core is busy."""
-ALIGNMENT = 64
-"""Of what lies in a piece, in bytes: a line of the cache, and a multiple of every item."""
+MOST_CUTS = 16
+"""Ways to cut a staged piece that are kept: all experts are stored alike, so that a checkpoint has a few."""
 MOST_THREADS = 16
 
 
@@ -41,16 +49,41 @@ class Transfer:
     source: Tensor
     """On the meta device, a view of the tensor's data: shape, strides and offset say which numbers."""
     into: Tensor
-    """Contiguous, of the same dtype and shape, on the device."""
-
-    @property
-    def start(self) -> int:
-        """Where the first of the numbers is in the file."""
-        return self.info.start + int(self.source.storage_offset()) * self.source.element_size()
+    """On the device, as bytes: as many as `source` has."""
 
 
-Piece = Sequence[Transfer]
-"""One transfer, or several that lie one right behind the other in a shard and are wanted whole."""
+@dataclass(slots=True)
+class Piece:
+    """What is read as one: bytes that lie one right behind the other in a shard and are all wanted, or one `source`."""
+
+    shard: str
+    start: int
+    """Where the first byte, or the first number of `source`, is in the file."""
+    nbytes: int
+    """How many are wanted: the sum of `sizes`."""
+    sizes: list[int]
+    """Bytes of each of `into`."""
+    infos: list[TensorInfo]
+    into: list[Tensor]
+    """What takes the bytes, in this order."""
+    source: Tensor | None = None
+    """Numbers with others between them; None: all bytes are wanted."""
+
+    def is_followed_by(self, other: Piece) -> bool:
+        """Whether both can be read as one."""
+        return (
+            self.start + self.nbytes == other.start
+            and self.nbytes + other.nbytes <= PIECE_BYTES
+            and self.shard == other.shard
+            and self.source is other.source is None
+        )
+
+    def append(self, other: Piece) -> None:
+        """Read the other one too."""
+        self.nbytes += other.nbytes
+        self.infos += other.infos
+        self.into += other.into
+        self.sizes += other.sizes
 
 
 def default_threads() -> int:
@@ -102,7 +135,7 @@ class Transfers:
                 if self._over:
                     return
                 lane.carry(piece)
-                moved(sum(transfer.into.nbytes for transfer in piece))
+                moved(piece.nbytes)
 
         futures = [self._pool.submit(carry) for _ in range(self._threads)]
 
@@ -125,46 +158,52 @@ class Transfers:
 
 def pieces(transfers: Iterable[Transfer]) -> Sequence[Piece]:
     """All that is to be read, in the order of the files, so that each shard is read once, from front to back."""
-    found: list[list[Transfer]] = []
-    shard, end, room = "", -1, 0
-    ordered = sorted(transfers, key=lambda transfer: (transfer.info.shard, transfer.start))
-    for part in (part for transfer in ordered for part in _split(transfer)):
-        start, nbytes, whole = part.start, part.into.nbytes, part.source.is_contiguous()
-        if not (whole and start == end and part.info.shard == shard and nbytes <= room):
-            found.append([])
-            room = PIECE_BYTES
-        found[-1].append(part)
-        shard, end = part.info.shard, start + nbytes if whole else -1
-        room -= _padded(nbytes)
+    found: list[Piece] = []
+    parts = (part for transfer in transfers for part in _split(transfer))
+    for part in sorted(parts, key=attrgetter("shard", "start")):
+        if found and found[-1].is_followed_by(part):
+            found[-1].append(part)
+        else:
+            found.append(part)
     return found
 
 
-def _split(transfer: Transfer) -> Iterator[Transfer]:
-    """By rows into what fits a piece; all of it where rows run across each other, nothing of what is empty."""
-    source, into = transfer.source, transfer.into
-    if into.nbytes <= PIECE_BYTES or not into.dim() or not _is_by_rows(source):
-        if into.nbytes:
-            yield transfer
+def _split(transfer: Transfer) -> Iterator[Piece]:
+    """What fits a piece: so many bytes, or rows, or all of it where rows run across each other; nothing of nothing."""
+    info, source, into = transfer.info, transfer.source, transfer.into
+    start, nbytes, whole = _start(info, source), into.nbytes, source.is_contiguous()
+    if nbytes <= PIECE_BYTES or not (whole or _is_by_rows(source)):
+        if nbytes:
+            yield Piece(info.shard, start, nbytes, [nbytes], [info], [into], None if whole else source)
         return
-    step = max(1, PIECE_BYTES * len(into) // into.nbytes)
-    for first in range(0, len(into), step):
-        yield Transfer(transfer.info, source[first : first + step], into[first : first + step])
+    row_bytes = 1 if whole else nbytes // len(source)
+    step = max(1, PIECE_BYTES // row_bytes) * row_bytes
+    sizes = [min(step, nbytes - first) for first in range(0, nbytes, step)]
+    for first, size, part in zip(range(0, nbytes, step), sizes, into.split_with_sizes(sizes), strict=True):
+        if whole:
+            yield Piece(info.shard, start + first, size, [size], [info], [part])
+        else:
+            rows = source[first // row_bytes : (first + size) // row_bytes]
+            yield Piece(info.shard, _start(info, rows), size, [size], [info], [part], rows)
+
+
+def _start(info: TensorInfo, source: Tensor) -> int:
+    """Where the first number of `source` is in the file."""
+    return info.start + int(source.storage_offset()) * source.element_size()
 
 
 class _Lane:
-    """What one thread has: a small buffer, and where bytes are staged two pieces, which take turns, and a stream."""
+    """What one thread has: a small buffer, and where bytes are staged room for some pieces, and a stream."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, staged: bool) -> None:
         self._checkpoint, self._staged = checkpoint, staged
         self._scratch = Scratch()
+        self._room = 0
+        self._stages: Iterator[_Stage] = iter(())
         self._on_gpu = device.type == "cuda"
-        self._pieces: Sequence[Tensor] = ()
-        self._copied: list[torch.cuda.Event] = []
-        self._turn = 0
         if self._on_gpu:
             self._stream = torch.cuda.Stream(device)
             torch.cuda.set_stream(self._stream)  # of this thread alone
-            self._copied = [torch.cuda.Event(), torch.cuda.Event()]
 
     def wait_for(self, ready: torch.cuda.Event | None) -> None:
         """Send nothing before `ready`."""
@@ -173,15 +212,17 @@ class _Lane:
 
     def carry(self, piece: Piece) -> None:
         """Read a piece; it has arrived once the lane is finished."""
-        into = [transfer.into for transfer in piece]
         if not self._staged:
-            read_piece(self._checkpoint, piece, into, self._scratch)
+            self._read(piece, [bytes_of(part) for part in piece.into])
             return
-        here = self._twins(into)
-        read_piece(self._checkpoint, piece, here, self._scratch)
-        torch._foreach_copy_(into, here, non_blocking=self._on_gpu)  # one call for all: the lock is taken once
-        if self._on_gpu:
-            self._copied[self._turn].record(self._stream)
+        self.reserve(piece.nbytes)
+        stage = next(self._stages)
+        if stage.copied:
+            stage.copied.synchronize()
+        self._read(piece, [stage.memory[: piece.nbytes]])
+        torch._foreach_copy_(piece.into, stage.cut(tuple(piece.sizes)), non_blocking=self._on_gpu)
+        if stage.copied:
+            stage.copied.record(self._stream)
 
     def finish(self) -> None:
         """Wait until all that was sent has arrived."""
@@ -189,24 +230,33 @@ class _Lane:
             self._stream.synchronize()
 
     def reserve(self, nbytes: int) -> None:
-        """Have pieces of at least so many bytes."""
-        if not self._pieces or len(self._pieces[0]) < nbytes:
+        """Have room for pieces of at least so many bytes."""
+        if nbytes > self._room:
             self.finish()
-            size = max(nbytes, PIECE_BYTES)
-            self._pieces = torch.empty((2, size), dtype=torch.uint8, pin_memory=self._on_gpu).unbind()
+            self._room = max(nbytes, PIECE_BYTES)
+            memory = torch.empty((PIECES_A_THREAD, self._room), dtype=torch.uint8, pin_memory=self._on_gpu)
+            self._stages = cycle([_Stage(each, self._on_gpu) for each in memory.unbind()])
 
-    def _twins(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors like these in the piece that was sent longer ago, once that has arrived."""
-        *places, nbytes = accumulate((_padded(tensor.nbytes) for tensor in tensors), initial=0)
-        self.reserve(nbytes)
-        self._turn = 1 - self._turn
-        if self._on_gpu:
-            self._copied[self._turn].synchronize()
-        piece = self._pieces[self._turn]
-        return [
-            piece[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            for place, tensor in zip(places, tensors, strict=True)
-        ]
+    def _read(self, piece: Piece, memories: Sequence[memoryview]) -> None:
+        """Fill `memories`, one after the other, with what is wanted."""
+        if piece.source is None:
+            self._checkpoint.read_into(piece.infos, piece.start, memories)
+        else:
+            _read_strided(self._checkpoint, piece, piece.source, memories[0], self._scratch)
+
+
+class _Stage:
+    """Room for a piece on its way to the device, and whether the last one in it has been copied there."""
+
+    def __init__(self, memory: Tensor, on_gpu: bool) -> None:
+        self.memory = bytes_of(memory)
+        self.cut: Callable[[tuple[int, ...]], tuple[Tensor, ...]] = lru_cache(MOST_CUTS)(partial(_cut, memory))
+        self.copied = torch.cuda.Event() if on_gpu else None
+
+
+def _cut(memory: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Tensors of these bytes, side by side."""
+    return tuple(memory[: sum(sizes)].split_with_sizes(sizes))
 
 
 class Scratch:
@@ -222,24 +272,14 @@ class Scratch:
         return self._memory[:nbytes]
 
 
-def read_piece(checkpoint: Checkpoint, piece: Piece, targets: Sequence[Tensor], scratch: Scratch | None = None) -> None:
-    """Fill `targets`, contiguous on the CPU, with the numbers that the sources of `piece` show."""
-    first = piece[0]
-    if first.source.is_contiguous():
-        infos = [transfer.info for transfer in piece]
-        checkpoint.read_into(infos, first.start, [bytes_of(target) for target in targets])
-    else:
-        _read_strided(checkpoint, first, targets[0], scratch or Scratch())
-
-
-def _read_strided(checkpoint: Checkpoint, transfer: Transfer, target: Tensor, scratch: Scratch) -> None:
-    source, strides = transfer.source, transfer.source.stride()
+def _read_strided(checkpoint: Checkpoint, piece: Piece, source: Tensor, memory: memoryview, scratch: Scratch) -> None:
+    target, strides = torch.frombuffer(memory, dtype=source.dtype).view(source.shape), source.stride()
     size = source.element_size()
     for first in range(0, len(target), step := _rows_at_once(source)):
         part = target[first : first + step]
         extent = 1 + sum((count - 1) * stride for count, stride in zip(part.shape, strides, strict=True))
         raw = scratch.of(extent * size)
-        checkpoint.read_into([transfer.info], transfer.start + first * strides[0] * size, [bytes_of(raw)])
+        checkpoint.read_into(piece.infos, piece.start + first * strides[0] * size, [bytes_of(raw)])
         part.copy_(raw.view(source.dtype).as_strided(part.shape, strides))
 
 
@@ -253,7 +293,3 @@ def _rows_at_once(source: Tensor) -> int:
 
 def _is_by_rows(source: Tensor) -> bool:
     return source.dim() < 2 or source.stride(0) >= source.stride(1)
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT

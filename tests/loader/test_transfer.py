@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import loader.checkpoint
 import loader.transfer
-from gatekeeper import CheckpointError, read_index
+from gatekeeper import CheckpointError, TensorInfo, read_index
 from loader.checkpoint import DTYPES, Checkpoint
 from loader.shards import write_shards
 from loader.transfer import Transfer, Transfers, pieces
@@ -51,11 +53,21 @@ def view(name: str, cut: Cut = CUTS["all"]) -> Tensor:
     return cut(torch.empty(TENSORS[name].shape, dtype=TENSORS[name].dtype, device="meta"))
 
 
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def to(info: TensorInfo, source: Tensor, into: Tensor) -> Transfer:
+    """What `source` shows goes into a tensor like it."""
+    return Transfer(info, source, as_bytes(into))
+
+
 def moved(checkpoint: Checkpoint, name: str, cut: Cut, *, staged: bool) -> Tensor:
     source = view(name, cut)
     into = torch.full(source.shape, -1, dtype=source.dtype)
     with checkpoint, Transfers(checkpoint, CPU, threads=2, staged=staged) as transfers:
-        transfers.start([Transfer(checkpoint.info(name), source, into)], lambda _: None)()
+        transfers.start([to(checkpoint.info(name), source, into)], lambda _: None)()
     return into
 
 
@@ -86,9 +98,7 @@ def test_the_first_error_is_raised_and_nothing_is_written_after_that(
     monkeypatch.setattr(Checkpoint, "read_into", failing)
     into = [torch.zeros_like(MATRIX) for _ in range(200)]
     with checkpoint, Transfers(checkpoint, CPU, threads=2) as transfers:
-        finish = transfers.start(
-            [Transfer(checkpoint.info("matrix"), view("matrix"), each) for each in into], lambda _: None
-        )
+        finish = transfers.start([to(checkpoint.info("matrix"), view("matrix"), each) for each in into], lambda _: None)
         with pytest.raises(CheckpointError, match="torn"):
             finish()
     now = [each.clone() for each in into]
@@ -106,7 +116,7 @@ def test_after_an_error_no_thread_takes_another_piece(checkpoint: Checkpoint, mo
         over.wait()
 
     monkeypatch.setattr(Checkpoint, "read_into", failing)
-    exit_, waits = Transfers.__exit__, [Transfer(checkpoint.info("matrix"), view("matrix"), MATRIX) for _ in range(9)]
+    exit_, waits = Transfers.__exit__, [to(checkpoint.info("matrix"), view("matrix"), MATRIX) for _ in range(9)]
 
     def released(self: Transfers, *error: object) -> None:
         threading.Timer(0.1, over.set).start()
@@ -122,9 +132,9 @@ def test_after_an_error_no_thread_takes_another_piece(checkpoint: Checkpoint, mo
 def test_several_threads_share_one_opened_shard(checkpoint: Checkpoint) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     with checkpoint, Transfers(checkpoint, CPU, threads=4) as transfers:
-        wanted = [Transfer(checkpoint.info("matrix"), view("matrix"), torch.empty_like(MATRIX)) for _ in range(50)]
+        wanted = [to(checkpoint.info("matrix"), view("matrix"), torch.empty_like(MATRIX)) for _ in range(50)]
         transfers.start(wanted, lambda _: None)()
-        assert all(torch.equal(each.into, MATRIX) for each in wanted)
+        assert all(torch.equal(each.into, as_bytes(MATRIX)) for each in wanted)
         assert len(list(Path("/proc/self/fd").iterdir())) == before + 1
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
@@ -170,7 +180,7 @@ def test_whatever_is_wanted_arrives_as_if_it_were_fetched(
     for name, cut in wanted:
         info = neighbours.info(name)
         source = cut(torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta"))
-        transfers.append(Transfer(info, source, torch.zeros(source.shape, dtype=source.dtype)))
+        transfers.append(to(info, source, torch.zeros(source.shape, dtype=source.dtype)))
         expected.append(cut(neighbours.fetch(name)))
     counted: list[int] = []
     with (
@@ -181,26 +191,61 @@ def test_whatever_is_wanted_arrives_as_if_it_were_fetched(
         patch.setattr(loader.transfer, "SCRATCH_BYTES", scratch)
         carried.start(transfers, counted.append)()
     for transfer, there in zip(transfers, expected, strict=True):
-        assert torch.equal(transfer.into.view(torch.uint8), there.contiguous().view(torch.uint8))
+        assert torch.equal(transfer.into, as_bytes(there.contiguous()))
     assert sum(counted) == sum(there.nbytes for there in expected)
 
 
 def whole(checkpoint: Checkpoint, *names: str) -> list[Transfer]:
     infos = [checkpoint.info(name) for name in names]
     empties = [torch.empty(info.shape, dtype=DTYPES[info.dtype]) for info in infos]
-    return [Transfer(info, each.to("meta"), each) for info, each in zip(infos, empties, strict=True)]
+    return [to(info, each.to("meta"), each) for info, each in zip(infos, empties, strict=True)]
 
 
 def test_what_lies_side_by_side_is_one_piece(neighbours: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     def joined(*names: str) -> list[list[str]]:
-        return [[each.info.name for each in piece] for piece in pieces(whole(neighbours, *names))]
+        return [[info.name for info in piece.infos] for piece in pieces(whole(neighbours, *names))]
 
     assert joined("t02", "t00", "t01") == [["t00", "t01", "t02"]], "in the order of the file"
     assert joined("t00", "t02") == [["t00"], ["t02"]], "there is something else between them"
     assert joined("t19", "t20") == [["t19"], ["t20"]], "a shard ends there"
     assert joined("t07", "t07", "t08") == [["t07"], ["t07", "t08"]], "one that is wanted twice is read twice"
-    monkeypatch.setattr(loader.transfer, "PIECE_BYTES", 128)
-    assert joined("t00", "t01", "t02") == [["t00", "t01"], ["t02"]], "each is aligned in the piece"
+    monkeypatch.setattr(loader.transfer, "PIECE_BYTES", 17)
+    assert joined("t00", "t01", "t02") == [["t00", "t01"], ["t02"], ["t02"]], "it is full, and what is larger is cut"
+
+
+class Calls(TorchDispatchMode):
+    """What is called of torch in this thread."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_of_pieces_alike_only_the_first_are_worked_out(neighbours: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    carry, names = loader.transfer._Lane.carry, list[str]()
+
+    def counted(self: Any, piece: Any) -> None:
+        with Calls(names):
+            carry(self, piece)
+
+    monkeypatch.setattr(loader.transfer._Lane, "carry", counted)
+    monkeypatch.setattr(loader.transfer, "PIECE_BYTES", 35)
+    wanted = [each for _ in range(50) for each in whole(neighbours, "t00", "t01", "t02")]
+    with neighbours, Transfers(neighbours, CPU, threads=1, staged=True) as transfers:
+        transfers.start(wanted, lambda _: None)()
+        n_pieces = len(pieces(wanted))
+        assert all(torch.equal(each.into, as_bytes(neighbours.fetch(each.info.name))) for each in wanted)
+    copies = names.count("aten._foreach_copy_.default")
+    assert copies == n_pieces > 100
+    kinds = {tuple(piece.sizes) for piece in pieces(wanted)}
+    cuts = 2 * loader.transfer.PIECES_A_THREAD * len(kinds)
+    assert len(names) - copies <= cuts, "a call into torch for each piece is what made loading slow"
 
 
 def test_more_neighbours_than_one_call_takes(neighbours: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +253,7 @@ def test_more_neighbours_than_one_call_takes(neighbours: Checkpoint, monkeypatch
     wanted = whole(neighbours, *(f"t{i:02d}" for i in range(20)))
     with neighbours, Transfers(neighbours, CPU, threads=1) as transfers:
         transfers.start(wanted, lambda _: None)()
-        assert all(torch.equal(each.into.float(), neighbours.fetch(each.info.name).float()) for each in wanted)
+        assert all(torch.equal(each.into, as_bytes(neighbours.fetch(each.info.name))) for each in wanted)
 
 
 def test_reads_that_come_short_go_on(neighbours: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +267,7 @@ def test_reads_that_come_short_go_on(neighbours: Checkpoint, monkeypatch: pytest
     wanted = whole(neighbours, *(f"t{i:02d}" for i in range(20)))
     with neighbours, Transfers(neighbours, CPU, threads=1) as transfers:
         transfers.start(wanted, lambda _: None)()
-        assert all(torch.equal(each.into.float(), neighbours.fetch(each.info.name).float()) for each in wanted)
+        assert all(torch.equal(each.into, as_bytes(neighbours.fetch(each.info.name))) for each in wanted)
 
 
 def test_of_neighbours_the_one_that_was_cut_is_named(neighbours: Checkpoint) -> None:
@@ -242,7 +287,7 @@ def test_pinned_pieces_to_a_gpu(checkpoint: Checkpoint, monkeypatch: pytest.Monk
     into = [torch.empty(37, 3, dtype=torch.int32, device="cuda") for _ in range(100)]
     with checkpoint, Transfers(checkpoint, torch.device("cuda"), threads=4) as transfers:
         source = view("matrix", CUTS["columns"])
-        transfers.start([Transfer(checkpoint.info("matrix"), source, each) for each in into], lambda _: None)()
+        transfers.start([to(checkpoint.info("matrix"), source, each) for each in into], lambda _: None)()
         assert all(torch.equal(each.cpu(), MATRIX[:, 8:11]) for each in into)
 
 
@@ -256,4 +301,4 @@ def test_neighbours_of_which_some_stay_on_the_cpu(neighbours: Checkpoint) -> Non
     ]
     with neighbours, Transfers(neighbours, torch.device("cuda"), threads=3) as transfers:
         transfers.start(wanted, lambda _: None)()
-        assert all(torch.equal(each.into.cpu().float(), neighbours.fetch(each.info.name).float()) for each in wanted)
+        assert all(torch.equal(each.into.cpu(), as_bytes(neighbours.fetch(each.info.name))) for each in wanted)
