@@ -1,11 +1,10 @@
 """Bytes of the files into the rows of slots; what lies side by side in a file and is wanted whole is read as one.
 
-Read straight to where it goes, on the CPU; to a GPU through pinned memory, some pieces to a thread, so that reading the
-next one overlaps the copy of the last. Rows of which only some columns are wanted go through a small buffer first.
+Read straight to where it goes, on the CPU; to a GPU through pinned memory, a piece to a thread: while one waits for its
+copy, others read. Rows of which only some columns are wanted go through a small buffer first.
 
 Each call into torch gives the interpreter's lock away and has to win it back from all other threads, which costs more
-than the call. So everything here is bytes and plain numbers, and a thread makes three such calls for a piece: wait,
-copy, record.
+than the call. So everything here is bytes and plain numbers, and a thread makes two such calls for a piece: copy, wait.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import cycle
 from operator import attrgetter
 from types import TracebackType
 from typing import Self
@@ -29,8 +27,6 @@ from loader.checkpoint import Checkpoint, bytes_of
 
 PIECE_BYTES = 4 << 20
 """What is read as one: large enough for full PCIe bandwidth, small enough for all under way to stay in the cache."""
-PIECES_A_THREAD = 2
-"""One is read into while the others are copied."""
 SCRATCH_BYTES = 1 << 20
 """Rows of which only some columns are wanted, read whole: they stay in the core's cache until they are cut."""
 LARGEST_SERIAL_COPY = 1 << 15
@@ -198,8 +194,8 @@ class _Lane:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, staged: bool) -> None:
         self._checkpoint, self._staged = checkpoint, staged
         self._scratch = Scratch()
-        self._room = 0
-        self._stages: Iterator[_Stage] = iter(())
+        self._memory = memoryview(b"")
+        self._cut: Callable[[tuple[int, ...]], tuple[Tensor, ...]] = lambda _: ()
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
             self._stream = torch.cuda.Stream(device)
@@ -211,18 +207,14 @@ class _Lane:
             self._stream.wait_event(ready)
 
     def carry(self, piece: Piece) -> None:
-        """Read a piece; it has arrived once the lane is finished."""
+        """Read a piece and send it; while this thread waits for that, others read."""
         if not self._staged:
             self._read(piece, [bytes_of(part) for part in piece.into])
             return
         self.reserve(piece.nbytes)
-        stage = next(self._stages)
-        if stage.copied:
-            stage.copied.synchronize()
-        self._read(piece, [stage.memory[: piece.nbytes]])
-        torch._foreach_copy_(piece.into, stage.cut(tuple(piece.sizes)), non_blocking=self._on_gpu)
-        if stage.copied:
-            stage.copied.record(self._stream)
+        self._read(piece, [self._memory[: piece.nbytes]])
+        torch._foreach_copy_(piece.into, self._cut(tuple(piece.sizes)), non_blocking=self._on_gpu)
+        self.finish()
 
     def finish(self) -> None:
         """Wait until all that was sent has arrived."""
@@ -230,12 +222,10 @@ class _Lane:
             self._stream.synchronize()
 
     def reserve(self, nbytes: int) -> None:
-        """Have room for pieces of at least so many bytes."""
-        if nbytes > self._room:
-            self.finish()
-            self._room = max(nbytes, PIECE_BYTES)
-            memory = torch.empty((PIECES_A_THREAD, self._room), dtype=torch.uint8, pin_memory=self._on_gpu)
-            self._stages = cycle([_Stage(each, self._on_gpu) for each in memory.unbind()])
+        """Have room for a piece of so many bytes."""
+        if nbytes > len(self._memory):
+            room = torch.empty(max(nbytes, PIECE_BYTES), dtype=torch.uint8, pin_memory=self._on_gpu)
+            self._memory, self._cut = bytes_of(room), lru_cache(MOST_CUTS)(partial(_cut, room))
 
     def _read(self, piece: Piece, memories: Sequence[memoryview]) -> None:
         """Fill `memories`, one after the other, with what is wanted."""
@@ -243,15 +233,6 @@ class _Lane:
             self._checkpoint.read_into(piece.infos, piece.start, memories)
         else:
             _read_strided(self._checkpoint, piece, piece.source, memories[0], self._scratch)
-
-
-class _Stage:
-    """Room for a piece on its way to the device, and whether the last one in it has been copied there."""
-
-    def __init__(self, memory: Tensor, on_gpu: bool) -> None:
-        self.memory = bytes_of(memory)
-        self.cut: Callable[[tuple[int, ...]], tuple[Tensor, ...]] = lru_cache(MOST_CUTS)(partial(_cut, memory))
-        self.copied = torch.cuda.Event() if on_gpu else None
 
 
 def _cut(memory: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:

@@ -67,13 +67,12 @@ def _is_complete(table: Table, model: Model, tokens: int) -> bool:
 
 def _tune_one(table: Table, model: Model, problems: Sequence[Problem], most: int, save: Callable[[], object]) -> str:
     shapes, tokens = _shapes(model), len(problems[0].x_TD)
-    start: list[Config] = []
     for shape, some in zip(shapes, _parts(model, problems), strict=True):
         if tokens not in table.configs.get(shape, {}):
+            start = _of_others(table, shape, tokens)
             best = search(some, shape, most=max(4, most // 3) if start else most, start=start)
             _note(table, shape, Measured(tokens=tokens, microseconds=round(best.microseconds, 3), config=best.config))
             save()
-        start = start or [table.configs[shape][tokens].config]
     fused, *halves = (table.configs[shape][tokens] for shape in shapes)
     text = f"{model.name} tp {model.tp_size} {model.format}, {tokens} tokens: {fused.microseconds:.1f} us"
     if not halves:
@@ -83,6 +82,16 @@ def _tune_one(table: Table, model: Model, problems: Sequence[Problem], most: int
     _note(table, model.shape, replace(fused, apart_microseconds=round(apart, 3)))
     save()
     return f"{text}, {apart:.1f} with the shared slots on their own"
+
+
+def _of_others(table: Table, shape: Shape, tokens: int) -> list[Config]:
+    """What won for other stacks of this format with as many tokens, once each: a shorter search can start there."""
+    found = (
+        measured[tokens].config
+        for other, measured in table.configs.items()
+        if other.format == shape.format and tokens in measured
+    )
+    return list(dict.fromkeys(found))
 
 
 def _note(table: Table, shape: Shape, measured: Measured) -> None:

@@ -15,8 +15,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def await_previous(PDL: tl.constexpr):
     """First thing in a kernel: the next launch may take its place on the device, and all before it are waited for.
 
-    Since every kernel waits for all of the one before it, whatever was launched earlier is over, too, and its memory may
-    be written again.
+    Since every kernel waits for all of the one before it, whatever was launched earlier is over, too, and its memory
+    may be written again.
     """
     if PDL:
         gdc_launch_dependents()

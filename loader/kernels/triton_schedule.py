@@ -49,32 +49,37 @@ def schedule_small(
     at = tl.arange(0, PAIRS)
     expert = _experts(ids, weights, at, P, E)
     here = expert < E
-    less, same, rank = tl.zeros((PAIRS,), tl.int32), tl.zeros((PAIRS,), tl.int32), tl.zeros((PAIRS,), tl.int32)
+    # How many stand before a pair, how many of these have its expert, and how many have it in all, in ten bits each;
+    # summed up over the chunks only in the end, for a sum along an axis goes from thread to thread.
+    tl.static_assert(PAIRS < 1024)
+    key = expert * PAIRS + at
+    counts = tl.zeros((PAIRS, CHUNK), tl.int32)
     for begin in range(0, P, CHUNK):
         other_at = begin + tl.arange(0, CHUNK)
         other = _experts(ids, weights, other_at, P, E)
         equal = expert[:, None] == other[None, :]
-        less += tl.sum((other[None, :] < expert[:, None]).to(tl.int32), 1)
-        same += tl.sum(equal.to(tl.int32), 1)
-        rank += tl.sum((equal & (other_at[None, :] < at[:, None])).to(tl.int32), 1)
-    opens = tl.where(here & (rank == 0), (same + BLOCK_M - 1) // BLOCK_M, 0)
+        is_before = (other * PAIRS + other_at)[None, :] < key[:, None]
+        counts += tl.where(equal, tl.where(is_before, (1 << 20) + (1 << 10) + 1, 1 << 20), is_before.to(tl.int32))
+    counts_P = tl.sum(counts, 1)
+    place, rank, count = counts_P & 1023, (counts_P >> 10) & 1023, counts_P >> 20
+    opens = tl.where(here & (rank == 0), (count + BLOCK_M - 1) // BLOCK_M, 0)
     tl.store(opened + at, opens)
     tl.store(n_blocks, tl.sum(opens, 0))
     # The same program's threads read below what others of them wrote above.
     tl.debug_barrier()
-    block = rank // BLOCK_M
+    blocks_before = tl.zeros((PAIRS, CHUNK), tl.int32)
     for begin in range(0, P, CHUNK):
         other_at = begin + tl.arange(0, CHUNK)
         other = _experts(ids, weights, other_at, P, E)
         theirs = tl.load(opened + other_at)
-        block += tl.sum(tl.where(other[None, :] < expert[:, None], theirs[None, :], 0), 1)
-    place = less + rank
+        blocks_before += tl.where(other[None, :] < expert[:, None], theirs[None, :], 0)
+    block = tl.sum(blocks_before, 1) + rank // BLOCK_M
     tl.store(order + place, at, mask=here)
     opens = here & (rank % BLOCK_M == 0)
     tl.store(blocks + 3 * block, expert, mask=opens)
     tl.store(blocks + 3 * block + 1, place, mask=opens)
     # Whoever comes last in a block closes it: the next of the same expert would open another, or there is none.
-    closes = here & ((rank % BLOCK_M == BLOCK_M - 1) | (rank == same - 1))
+    closes = here & ((rank % BLOCK_M == BLOCK_M - 1) | (rank == count - 1))
     tl.store(blocks + 3 * block + 2, place + 1, mask=closes)
 
 
@@ -100,9 +105,7 @@ def sort_pairs(ids, weights, order, spans, P, E, CHUNK: tl.constexpr, PDL: tl.co
 
 
 @triton.jit
-def cut_blocks(
-    spans, blocks, n_blocks, E, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr = False
-):
+def cut_blocks(spans, blocks, n_blocks, E, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr = False):
     """One program: the spans of `sort_pairs` cut into blocks of at most BLOCK_M."""
     await_previous(PDL)
     e = tl.arange(0, EXPERTS)

@@ -1,10 +1,10 @@
 """Numbers out of packed quads, in registers: four columns a quad, so that four products share each load.
 
-A quad is the little-endian int16 of four neighbouring 4-bit numbers, the first in its lowest bits: a quarter of what
-compressed-tensors' pack-quantized int4 stores as int64, half of its int32, and two bytes of MXFP4, whose first number is
-the low half. Column ``4 * j + c`` is nibble c of quad j, so that stream c of a tile of quads goes with every fourth
-column of x from c on. Two quads fill a register as two bf16 do, so that what is unpacked stays where it lay. Each helper
-in inline assembly has a twin in plain arithmetic, which the interpreter and other vendors' devices run.
+A quad is the little-endian int16 of four neighbouring 4-bit numbers, the first in its lowest bits: half of an int32 of
+compressed-tensors' pack-quantized int4, and two bytes of MXFP4, whose first number is the low half. Column ``4 * j + c``
+is nibble c of quad j, so that stream c of a tile of quads goes with every fourth column of x from c on. Two quads fill
+a register as two bf16 do, so that what is unpacked stays where it lay. Each helper in inline assembly has a twin in
+plain arithmetic, which the interpreter and other vendors' devices run.
 """
 
 from __future__ import annotations
