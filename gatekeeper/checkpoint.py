@@ -10,7 +10,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -94,6 +94,12 @@ class Index:
     tensors: Mapping[str, TensorInfo]
     faults: tuple[HeaderFault, ...] = ()
     """What is wrong with headers though they name all tensors; empty unless `read_index` was to keep it."""
+    digests: Mapping[str, bytes] = field(default_factory=dict)
+    """Of the bytes before each shard's data."""
+
+    def knows(self, shard: str, head: bytes) -> bool:
+        """Whether a shard's bytes before its data are still those that were read, to the bit."""
+        return self.digests.get(shard) == _digest(head)
 
     def require_sound(self, *more: str) -> None:
         """Raise `CheckpointError` where there are `faults`, with `more` that is wrong."""
@@ -147,12 +153,13 @@ def _read_shards(folder: Path, shards_here: list[str], weight_map: dict[str, str
         names_by_shard[shard].append(name)
     shards = sorted(names_by_shard) if weight_map is not None else shards_here
     tensors: dict[str, TensorInfo] = {}
+    digests: dict[str, bytes] = {}
     faults: list[HeaderFault] = []
     for shard in shards:
         expected = names_by_shard[shard]
         named = f" (the index expects {_some(expected)} there)" if expected else ""
         try:
-            found, misplaced = _read_entries(inside(folder, shard, "shard"), shard)
+            found, misplaced, digests[shard] = _read_entries(inside(folder, shard, "shard"), shard)
         except Unreadable as bad:
             faults += [HeaderFault(_cut(shard), f"{problem}{named}", hides=True) for problem in bad.problems]
             continue
@@ -177,7 +184,12 @@ def _read_shards(folder: Path, shards_here: list[str], weight_map: dict[str, str
             HeaderFault(_cut(shard), "belongs to the same set of shards as the index's, but the index does not name it")
             for shard in _stray_shards(shards_here, shards)
         ]
-    return Index(folder=folder, tensors=MappingProxyType(tensors), faults=tuple(faults))
+    return Index(
+        folder=folder,
+        tensors=MappingProxyType(tensors),
+        faults=tuple(faults),
+        digests=MappingProxyType(digests),
+    )
 
 
 def _stray_shards(here: list[str], indexed: list[str]) -> list[str]:
@@ -300,14 +312,20 @@ def _check_index_size(folder: Path, index_bytes: int, shards_here: list[str]) ->
 
 def read_header(path: Path, shard: str) -> dict[str, TensorInfo]:
     """Read one shard's header; raises `Unreadable`, a `ValueError`, with all that is wrong in it."""
-    tensors, problems = _read_entries(path, shard)
+    tensors, problems, _ = _read_entries(path, shard)
     if problems:
         raise Unreadable(*problems)
     return tensors
 
 
-def _read_entries(path: Path, shard: str) -> tuple[dict[str, TensorInfo], list[str]]:
-    """Read the tensors of one shard's header, and what is wrong with where they lie: overlaps and gaps.
+def _digest(head: bytes) -> bytes:
+    from hashlib import blake2b  # 2 ms, and only where there are weights
+
+    return blake2b(head, digest_size=16).digest()
+
+
+def _read_entries(path: Path, shard: str) -> tuple[dict[str, TensorInfo], list[str], bytes]:
+    """Read the tensors of one shard's header, what is wrong with where they lie (overlaps and gaps), and its digest.
 
     Raises `Unreadable`, with that too, where an entry can't be understood or claims bytes that the file does not have.
     """
@@ -355,7 +373,7 @@ def _read_entries(path: Path, shard: str) -> tuple[dict[str, TensorInfo], list[s
     ]
     if problems:
         raise Unreadable(*problems, *misplaced)
-    return tensors, misplaced
+    return tensors, misplaced, _digest(prefix + raw)
 
 
 def _is_count(value: object) -> bool:

@@ -137,7 +137,10 @@ class Checkpoint:
 
     def _require_same(self, name: str, shard: int) -> None:
         data_start = min(info.start for info in self._indexed[name])
-        found = _header(os.pread(shard, data_start, 0))
+        head = os.pread(shard, data_start, 0)
+        if self.index.knows(name, head):
+            return
+        found = _header(head)
         for info in self._indexed[name]:
             offsets = [info.start - data_start, info.end - data_start]
             then = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}

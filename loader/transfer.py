@@ -25,8 +25,8 @@ from torch import Tensor
 from gatekeeper import TensorInfo
 from loader.checkpoint import Checkpoint, bytes_of
 
-PIECE_BYTES = 4 << 20
-"""What is read as one: large enough for full PCIe bandwidth, small enough for all under way to stay in the cache."""
+PIECE_BYTES = 8 << 20
+"""What is read as one: large enough that what Python does for it is nothing, small enough to stay in the cache."""
 SCRATCH_BYTES = 1 << 20
 """Rows of which only some columns are wanted, read whole: they stay in the core's cache until they are cut."""
 LARGEST_SERIAL_COPY = 1 << 15

@@ -95,12 +95,12 @@ def _median(call: Callable[[], object]) -> float:
     return statistics.median(_elapsed(call) for _ in range(10))
 
 
-def probe(parameters: Sequence[Tensor], slots: Tensor) -> Callable[[], Tensor]:
+def probe(parameters: Sequence[Tensor], slots: Tensor, block: int = 8192) -> Callable[[], Tensor]:
     """A call that reads all of these slots of these parameters once, in one launch: what a pass over memory costs.
 
     It gives the largest word of each tile, as int32.
 
-    `parameters` are stacked ``(E, ...)``; `slots` are distinct, int64.
+    `parameters` are stacked ``(E, ...)``; `slots` are distinct, int64; a program reads `block` words.
     """
     from loader.bench.probe import read_slots
 
@@ -108,14 +108,21 @@ def probe(parameters: Sequence[Tensor], slots: Tensor) -> Callable[[], Tensor]:
     # The two large ones; scales are a few percent of them.
     first, second = sorted(rows, key=lambda row: -row.shape[1])[:2]
     words = [row.view(torch.int32) for row in (first, second)]
-    block = 8192
     tiles = [-(-word.shape[1] // block) for word in words]
     out = torch.empty(sum(tiles) * len(slots), dtype=torch.int32, device=slots.device)
     ids = slots.int()
 
     def read() -> Tensor:
         read_slots[(sum(tiles), len(ids))](
-            words[0], words[1], ids, out, words[0].shape[1], words[1].shape[1], tiles[0], BLOCK=block, num_warps=8
+            words[0],
+            words[1],
+            ids,
+            out,
+            words[0].shape[1],
+            words[1].shape[1],
+            tiles[0],
+            BLOCK=block,
+            num_warps=8 if block >= 8192 else 4,
         )
         return out
 

@@ -316,6 +316,7 @@ def down(
     ASSEMBLY: tl.constexpr,
     BIASED: tl.constexpr,
     GROUP: tl.constexpr,
+    WALKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -323,54 +324,94 @@ def down(
 ):
     """``hidden @ down.T`` times the router's weight, ``(P, D)`` by pair in the dtype of `out`; `combine` sums it up.
 
-    A program has neighbouring tiles and walks them in one loop of all their steps: the few steps of a tile would end
-    before the loads of the next could be under way.
+    WALKS: a program has neighbouring tiles and walks them in one loop of all their steps, for the few steps of a tile
+    would end before the loads of the next could be under way. Otherwise a tile is a loop of its own, whose products
+    overlap: nothing looks at their sum before its end.
     """
     N_TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (F + BLOCK_C - 1) // BLOCK_C
     await_previous(PDL)
     n = tl.load(n_blocks)
-    each = tl.cdiv(n * N_TILES, tl.num_programs(0))
-    first = tl.program_id(0) * each
-    last = tl.minimum(first + each, n * N_TILES)
-    accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for at in range(first * STEPS, last * STEPS):
-        step = at % STEPS
-        b, strip = _place_of(at // STEPS, n, N_TILES, GROUP)
-        expert, place_M, pair_M, here_M = _block(b, order, order, blocks, E, 1, False, BLOCK_M)
-        d = strip * BLOCK_N + tl.arange(0, BLOCK_N)
-        d_N = tl.minimum(d, D - 1)
-        row_N = expert.to(tl.int64) * D + d_N
-        scale_row_N = row_N
-        if FORMAT == "fp8_block":
-            scale_row_N = expert.to(tl.int64) * ((D + 127) // 128) + d_N // 128
-        accumulator = _add_product(
-            accumulator,
-            hidden,
-            hidden_scale,
-            place_M.to(tl.int64),
-            here_M,
-            weight,
-            scale,
-            row_N,
-            scale_row_N,
-            step,
-            F,
-            F % BLOCK_C == 0,
-            FORMAT,
-            ASSEMBLY,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_C,
-        )
-        if step == STEPS - 1:
-            y_NM = accumulator
-            if BIASED:
-                y_NM += tl.load(bias + row_N).to(tl.float32)[:, None]
-            y_NM *= tl.load(router_weights + pair_M, mask=here_M, other=0.0).to(tl.float32)[None, :]
-            mask = here_M[:, None] & (d[None, :] < D)
-            tl.store(out + pair_M[:, None].to(tl.int64) * D + d[None, :], y_NM.T.to(out.dtype.element_ty), mask=mask)
+    n_mine = tl.cdiv(n * N_TILES, tl.num_programs(0))
+    first = tl.program_id(0) * n_mine
+    last = tl.minimum(first + n_mine, n * N_TILES)
+    if WALKS:
+        accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        for at in range(first * STEPS, last * STEPS):
+            step = at % STEPS
+            b, strip = _place_of(at // STEPS, n, N_TILES, GROUP)
+            expert, place_M, pair_M, here_M = _block(b, order, order, blocks, E, 1, False, BLOCK_M)
+            d, row_N, scale_row_N = _rows_of_down(expert, strip, D, FORMAT, BLOCK_N)
+            accumulator = _add_product(
+                accumulator,
+                hidden,
+                hidden_scale,
+                place_M.to(tl.int64),
+                here_M,
+                weight,
+                scale,
+                row_N,
+                scale_row_N,
+                step,
+                F,
+                F % BLOCK_C == 0,
+                FORMAT,
+                ASSEMBLY,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_C,
+            )
+            if step == STEPS - 1:
+                _store_weighted(accumulator, bias, row_N, router_weights, pair_M, here_M, out, d, D, BIASED)
+                accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    else:
+        for tile in range(first, last):
+            b, strip = _place_of(tile, n, N_TILES, GROUP)
+            expert, place_M, pair_M, here_M = _block(b, order, order, blocks, E, 1, False, BLOCK_M)
+            d, row_N, scale_row_N = _rows_of_down(expert, strip, D, FORMAT, BLOCK_N)
             accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            for step in range(STEPS):
+                accumulator = _add_product(
+                    accumulator,
+                    hidden,
+                    hidden_scale,
+                    place_M.to(tl.int64),
+                    here_M,
+                    weight,
+                    scale,
+                    row_N,
+                    scale_row_N,
+                    step,
+                    F,
+                    F % BLOCK_C == 0,
+                    FORMAT,
+                    ASSEMBLY,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_C,
+                )
+            _store_weighted(accumulator, bias, row_N, router_weights, pair_M, here_M, out, d, D, BIASED)
+
+
+@triton.jit
+def _rows_of_down(expert, strip, D: tl.constexpr, FORMAT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Columns of the output of a strip, the rows of the stack that they are, and those of its scales."""
+    d = strip * BLOCK_N + tl.arange(0, BLOCK_N)
+    d_N = tl.minimum(d, D - 1)
+    row_N = expert.to(tl.int64) * D + d_N
+    if FORMAT == "fp8_block":
+        return d, row_N, expert.to(tl.int64) * ((D + 127) // 128) + d_N // 128
+    else:
+        return d, row_N, row_N
+
+
+@triton.jit
+def _store_weighted(y_NM, bias, row_N, router_weights, pair_M, here_M, out, d, D: tl.constexpr, BIASED: tl.constexpr):
+    if BIASED:
+        y_NM += tl.load(bias + row_N).to(tl.float32)[:, None]
+    y_NM *= tl.load(router_weights + pair_M, mask=here_M, other=0.0).to(tl.float32)[None, :]
+    mask = here_M[:, None] & (d[None, :] < D)
+    tl.store(out + pair_M[:, None].to(tl.int64) * D + d[None, :], y_NM.T.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -402,8 +443,6 @@ def down_by_token(
     STEPS: tl.constexpr = (F + BLOCK_C - 1) // BLOCK_C
     await_previous(PDL)
     token = tl.program_id(1)
-    d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    d_N = tl.minimum(d, D - 1)
     first_M = tl.arange(0, BLOCK_M) == 0
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for at in range(K * STEPS):
@@ -413,10 +452,7 @@ def down_by_token(
         known = (expert >= 0) & (expert < E)
         expert = tl.where(known, expert, 0)
         factor = tl.load(router_weights + pair).to(tl.float32)
-        row_N = expert.to(tl.int64) * D + d_N
-        scale_row_N = row_N
-        if FORMAT == "fp8_block":
-            scale_row_N = expert.to(tl.int64) * ((D + 127) // 128) + d_N // 128
+        _, row_N, scale_row_N = _rows_of_down(expert, tl.program_id(0), D, FORMAT, BLOCK_N)
         part = _add_product(
             tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32),
             hidden,
@@ -442,6 +478,7 @@ def down_by_token(
         part = tl.where(factor == 0.0, 0.0, part * factor)
         total += tl.where(known, part, float("nan"))
     y_N = tl.sum(tl.where(first_M[None, :], total, 0.0), 1)
+    d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tl.store(out + token.to(tl.int64) * D + d, y_N.to(out.dtype.element_ty), mask=d < D)
 
 

@@ -256,6 +256,7 @@ class _Call:
             out,
             e.n_slots,
             GROUP=t.group,
+            WALKS=t.programs > 0,
             BIASED=e.bias2 is not None,
             **self._common(t),
         )

@@ -1,10 +1,10 @@
 """Numbers out of packed quads, in registers: four columns a quad, so that four products share each load.
 
 A quad is the little-endian int16 of four neighbouring 4-bit numbers, the first in its lowest bits: half of an int32 of
-compressed-tensors' pack-quantized int4, and two bytes of MXFP4, whose first number is the low half. Column ``4 * j + c``
-is nibble c of quad j, so that stream c of a tile of quads goes with every fourth column of x from c on. Two quads fill
-a register as two bf16 do, so that what is unpacked stays where it lay. Each helper in inline assembly has a twin in
-plain arithmetic, which the interpreter and other vendors' devices run.
+compressed-tensors' pack-quantized int4, and two bytes of MXFP4, whose first number is the low half. Column
+``4 * j + c`` is nibble c of quad j, so that stream c of a tile of quads goes with every fourth column of x from c on.
+Two quads fill a register as two bf16 do, so that what is unpacked stays where it lay. Each helper in inline assembly
+has a twin in plain arithmetic, which the interpreter and other vendors' devices run.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _mxfp4(quads, stream: tl.constexpr, scale, dtype: tl.constexpr):
     code = (quads.to(tl.int32) >> (4 * stream)) & 15
     exponent, mantissa = (code >> 1) & 3, (code & 1).to(tl.float32)
     size = tl.where(exponent == 0, mantissa * 0.5, (1.0 + mantissa * 0.5) * (1 << exponent).to(tl.float32) * 0.5)
-    return (tl.where(code >= 8, -size, size) * scale).to(dtype)
+    return (size * tl.where(code >= 8, -1.0, 1.0) * scale).to(dtype)  # -size would be +0 for 0
 
 
 def _of_two_quads(constants: str, nibbles: Sequence[str], products: Sequence[tuple[str, str]]) -> tl.constexpr:

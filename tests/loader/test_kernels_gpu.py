@@ -1,0 +1,89 @@
+"""The Triton kernels on a device, at real widths in bf16: what the interpreter can't show."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from loader.bench.candidates import candidates
+from loader.bench.problem import FORMATS, Model, problems, random_experts
+from loader.kernels.configs import default
+from loader.kernels.eager import eager
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def device() -> str:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    pytest.importorskip("triton")
+    return "cuda"
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 40, 300])
+@pytest.mark.parametrize("tp_size", [8, 1], ids=["tp8", "tp1"])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_real_widths_by_every_way_to_walk_a_layer(device: str, format_name: str, tp_size: int, tokens: int) -> None:
+    from loader.bench import ours
+    from loader.bench.run import ACCURACY, USUAL_ACCURACY
+
+    model = replace(Model.of("kimi-k2.5", format_name, tp_size), n_routed=15)
+    problem = problems(model, [random_experts(model, device, 0)], tokens, 1)[0]
+    expected = eager(problem.x_TD.float(), problem.topk_weights_TK, problem.topk_ids_TK, problem.experts)
+    for config in dict.fromkeys([default(model.shape, tokens, 132), *candidates(model.shape, tokens, 132)]):
+        actual = ours.call(problem, config)()
+        error = float((actual.double() - expected.double()).norm() / expected.double().norm())
+        assert error <= ACCURACY.get(format_name, USUAL_ACCURACY), config
+
+
+@pytest.mark.parametrize("format_name", ["int4_g32", "mxfp4"])
+def test_assembly_is_its_twin_bit_for_bit(device: str, format_name: str) -> None:
+    """With every scale that it is exact for: all of bf16's size, and E8M0 codes up to 128."""
+    from tests.loader.unpacked import show_unpacked
+
+    rows, columns = 256, 256
+    generator = torch.Generator(device).manual_seed(0)
+    quads = torch.randint(-(2**15), 2**15, (rows, columns // 4), device=device, generator=generator).short()
+    codes = torch.arange(rows * columns // 32, device=device).view(rows, -1)
+    scale = (codes % 129).byte() if format_name == "mxfp4" else (codes * 16).short().view(torch.bfloat16)
+    finite = scale.isfinite().repeat_interleave(32, 1) if format_name == "int4_g32" else torch.tensor(True)
+    shown: list[Any] = []
+    for assembly in (False, True):
+        shown.append(torch.empty(rows, columns, dtype=torch.bfloat16, device=device))
+        show_unpacked[1,](quads, scale, shown[-1], FORMAT=format_name, ROWS=rows, C=columns, ASSEMBLY=assembly)
+    twin, assembled = (each.view(torch.int16) for each in shown)
+    assert bool(((twin == assembled) | ~finite.to(device)).all())
+
+
+def test_a_scale_beyond_the_assembly_is_loud(device: str) -> None:
+    from tests.loader.unpacked import show_unpacked
+
+    quads = torch.full((16, 32), 0x2222, dtype=torch.int16, device=device)  # ones
+    scale = torch.tensor([128, 129, 254, 255], dtype=torch.uint8, device=device).expand(16, 4).contiguous()
+    out = torch.empty(16, 128, dtype=torch.bfloat16, device=device)
+    show_unpacked[1,](quads, scale, out, FORMAT="mxfp4", ROWS=16, C=128, ASSEMBLY=True)
+    assert bool((out[:, :32] == 2.0).all())
+    assert not out[:, 32:].isfinite().any()
+
+
+def test_a_graph_of_calls_gives_what_calls_give(device: str) -> None:
+    """Launches that overlap, and memory that one call hands to the next, inside a CUDA graph."""
+    from loader.bench import ours
+
+    model = replace(Model.of("kimi-k2.5", "int4_g32", 8), n_routed=63)
+    layer = random_experts(model, device, 0)
+    some = [problems(model, [layer], tokens, 1)[0] for tokens in (1, 16, 2, 64, 300)]
+    calls = [ours.call(each, default(model.shape, len(each.x_TD), 132)) for each in some]
+    expected = [call() for call in calls]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [call() for call in calls]
+    for _ in range(20):
+        graph.replay()
+    torch.cuda.synchronize()
+    for one, other in zip(captured, expected, strict=True):
+        assert torch.equal(one, other)
