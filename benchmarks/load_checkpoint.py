@@ -44,8 +44,9 @@ SHAPES = {
     "int4": Shape(family="kimi_k2", format_name="int4_g32", experts=96, layers=2),
     "bf16": Shape(family="deepseek_v3", format_name="bf16", experts=24, layers=2),
     "kimi_k25": Shape(family="kimi_k2", format_name="int4_g32", experts=384, layers=4),
+    "kimi_k25_mxfp4": Shape(family="kimi_k2", format_name="mxfp4", experts=384, layers=2),
 }
-"""4.8 GB, 4.4 GB, and for a GPU 38.1 GB in layers as large as Kimi-K2.5's."""
+"""4.8 GB, 4.4 GB, and for a GPU 38.1 and 18.0 GB in layers as large as Kimi-K2.5's."""
 
 
 def checkpoint(cache: Path, shape: Shape) -> Path:
@@ -107,7 +108,9 @@ def _mlp(shape: Shape, module: str, numbers: _Numbers) -> dict[str, Tensor]:
     }
     for projection, (rows, columns) in sizes.items():
         for part in layout.parts:
-            tensors[f"{module}.{projection}_proj.{part.suffix}"] = numbers.take(part.shape(rows, columns), part.dtype)
+            tensors[f"{module}.{projection}_proj.{part.suffix}"] = numbers.take(
+                part.shape(rows, columns), part.dtype, is_scale=part.role == "scale"
+            )
         if noted:
             tensors[f"{module}.{projection}_proj.{noted}"] = torch.tensor([rows, columns])
     return tensors
@@ -121,10 +124,17 @@ class _Numbers:
         numbers = torch.randn(POOL_NUMBERS, generator=self._draw) / 64
         self._pools = {
             torch.bfloat16: numbers.bfloat16(),
-            torch.int32: torch.randint(-(2**31), 2**31, (POOL_NUMBERS,), generator=self._draw, dtype=torch.int32),
+            torch.int32: self._integers(-(2**31), 2**31, torch.int32),
+            torch.uint8: self._integers(0, 2**8, torch.uint8),
         }
+        self._exponents = self._integers(115, 123, torch.uint8)
 
-    def take(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def take(self, shape: tuple[int, int], dtype: torch.dtype, *, is_scale: bool) -> Tensor:
+        """Scales stored as exponents are near 1 / 64, as the other numbers are."""
         size = shape[0] * shape[1]
         start = int(torch.randint(POOL_NUMBERS - size, (), generator=self._draw))
-        return self._pools[dtype][start : start + size].view(shape)
+        pool = self._exponents if is_scale and dtype == torch.uint8 else self._pools[dtype]
+        return pool[start : start + size].view(shape)
+
+    def _integers(self, low: int, high: int, dtype: torch.dtype) -> Tensor:
+        return torch.randint(low, high, (POOL_NUMBERS,), generator=self._draw, dtype=dtype)
