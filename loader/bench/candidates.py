@@ -13,6 +13,7 @@ from loader.kernels.configs import (
     Shape,
     Tiles,
     default,
+    fitting,
     one_by_one,
     stage_bytes,
 )
@@ -36,10 +37,10 @@ def _skeletons(shape: Shape, tokens: int, multiprocessors: int) -> Iterator[Conf
     share = tokens * shape.top_k / shape.n_slots
     for block_m in (16, 32, 64, 128):
         if block_m <= max(16, 4 * share) and block_m * 8 >= share:
-            yield replace(many, block_m=block_m)
+            yield fitting(replace(many, block_m=block_m), shape, HOPPER_SHARED_BYTES)
     if tokens <= 64:
         for splits in (2, 4):
-            yield replace(many, block_m=16, splits=splits)
+            yield fitting(replace(many, block_m=16, splits=splits), shape, HOPPER_SHARED_BYTES)
 
 
 def tiles(shape: Shape, config: Config, half: str) -> list[Tiles]:

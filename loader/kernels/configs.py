@@ -66,7 +66,7 @@ class Config:
 
 
 BY_TOKEN = 4
-"""Tokens up to which few enough choose the same expert that reading it again for each costs less than sorting."""
+"""Tokens up to which few enough choose the same expert that reading it again for each may cost less than sorting."""
 PACKED = frozenset({"int4_g32", "mxfp4"})
 """Formats of eight numbers to a word."""
 KINDS: Mapping[str, str] = MappingProxyType(
@@ -91,16 +91,23 @@ def default(shape: Shape, tokens: int, multiprocessors: int, shared_bytes: int =
     allow, which are as high as an expert's share of the tokens. Where counting left a choice, what a first search on an
     H200 liked better (benchmarks/README.md). `shared_bytes` are what one thread block may have.
     """
+    if tokens <= 1 and KINDS[shape.format] == "plain":  # other formats prepare activations, so that they may sort them
+        return replace(one_by_one(shape, tokens, multiprocessors, shared_bytes), splits=1)
     pairs = max(tokens * shape.top_k, 1)
-    if tokens <= BY_TOKEN and shape.format in PACKED:
-        return one_by_one(shape, tokens, multiprocessors, shared_bytes)
     share = pairs / min(shape.n_slots, pairs)
     block_m = 128 if share >= 256 else min(power_of_two(share, 16), 64)
-    return _fitting(
-        Config(block_m=block_m, gate_up=_tiles(shape, block_m, rows=2), down=_tiles(shape, block_m, rows=1)),
-        shape,
-        shared_bytes,
+    if shape.format == "fp8_block":  # each step's sum is scaled: with more columns that costs more than it saves
+        block_m = min(block_m, 32)
+    gate_up, down = _tiles(shape, block_m, rows=2), _tiles(shape, block_m, rows=1)
+    tiles = min(shape.n_slots, pairs) * -(-shape.width // gate_up.block_n)
+    most = max(1, shape.hidden_size // (4 * gate_up.block_c))
+    config = Config(
+        block_m=block_m,
+        gate_up=gate_up,
+        down=down,
+        splits=min(power_of_two(2 * multiprocessors / tiles), most, 8),
     )
+    return fitting(config, shape, shared_bytes)
 
 
 def stage_bytes(shape: Shape, block_m: int, rows: int, tiles: Tiles) -> float:
@@ -121,11 +128,11 @@ def one_by_one(shape: Shape, tokens: int, multiprocessors: int, shared_bytes: in
         splits=min(power_of_two(-(-3 * multiprocessors // tiles)), most, 8),
         by_token=True,
     )
-    return _fitting(config, shape, shared_bytes)
+    return fitting(config, shape, shared_bytes)
 
 
-def _fitting(config: Config, shape: Shape, shared_bytes: int) -> Config:
-    """With as many stages as there is room for."""
+def fitting(config: Config, shape: Shape, shared_bytes: int) -> Config:
+    """This configuration with as many of its stages as there is room for."""
 
     def fit(tiles: Tiles, rows: int) -> Tiles:
         room = int(shared_bytes // stage_bytes(shape, config.block_m, rows, tiles))
@@ -136,15 +143,18 @@ def _fitting(config: Config, shape: Shape, shared_bytes: int) -> Config:
 
 def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
     """Of gate_up, which has two `rows` of weights to a column of the intermediate, or of down."""
-    if block_m >= 64:
-        step = 64 if shape.format not in PACKED and shape.format != "fp8_block" else 128
-        return Tiles(block_n=128 if step == 64 or rows == 1 else 64, block_c=step, warps=8, stages=3, group=8)
-    if shape.format in PACKED:
-        # Few steps make a tile of down, so that programs walk along several.
-        step = 256 if (shape.hidden_size if rows == 2 else shape.width) >= 256 else 128
-        return Tiles(block_n=32 if rows == 2 else 128, block_c=step, warps=4, stages=3, programs=0 if rows == 2 else 4)
+    inner = shape.hidden_size if rows == 2 else shape.width
+    walks = 0 if rows == 2 else 4  # few steps make a tile of down, so that programs walk along several
     if shape.format == "fp8_block":
-        return Tiles(block_n=128 // rows, block_c=128, warps=4, stages=4, programs=0 if rows == 2 else 4)
+        wide = block_m > 16 and rows == 1
+        return Tiles(block_n=256 if wide else 128 // rows, block_c=128, warps=4, stages=4 - wide, programs=walks)
+    if shape.format in PACKED and block_m >= 64:
+        return Tiles(block_n=128 // rows, block_c=128, warps=4 if block_m == 64 else 8, stages=3, group=8)
+    if shape.format in PACKED:
+        block_n = 128 if rows == 1 else 32 if block_m == 16 else 64
+        return Tiles(block_n=block_n, block_c=256 if inner >= 256 else 128, warps=4, stages=3, programs=walks)
+    if block_m >= 64:
+        return Tiles(block_n=128, block_c=64, warps=8, stages=3, group=8)
     if shape.format == "fp32":  # tiles twice as wide in memory
         return Tiles(block_n=64 // rows, block_c=64, warps=4, stages=3)
     return (

@@ -58,7 +58,7 @@ def test_the_configuration_by_counting_compiles_and_fits(ahead: Any, arch: str, 
             launches += ahead.launches_of(shape, count, config, arch)
             # Ids are int32 from our router, int64 from torch's.
             launches += ahead.launches_of(shape, count, config, arch, ids_dtype=torch.int64) if count < 64 else []
-    one_by_one = replace(default(shape, 1, 132), by_token=True, splits=2)
+    one_by_one = replace(default(shape, 1, MULTIPROCESSORS[arch], SHARED_BYTES[arch]), by_token=True, splits=2)
     launches += ahead.launches_of(shape, 1, one_by_one, arch, ids_dtype=torch.int64)
     assert require_fitting(launches, arch) >= {"schedule_small", "gate_up", "down", "down_by_token", "combine"}
 
