@@ -140,13 +140,14 @@ def main() -> None:
     parser.add_argument("cache", type=Path, help="folder for the checkpoints, 5 GB each (kimi_k25: 38 GB)")
     parser.add_argument("--shape", choices=list(SHAPES), action="append", help="default: int4 and bf16")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, help="default: those that the loader takes")
     parser.add_argument("--state", choices=["warm", "cold"], action="append", help="default: both; on a device: warm")
     parser.add_argument("--device", default="cpu", help="cuda: beside the rate of pinned copies to it")
     parser.add_argument("--only", action="append", choices=list(CONTENDERS), help="leave the others out")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     arguments = parser.parse_args()
     on_cpu = arguments.device == "cpu"
+    arguments.threads = arguments.threads or default_threads(staged=not on_cpu)
     names = [n for n in arguments.only or CONTENDERS if on_cpu or n in ON_DEVICE]
     if importlib.util.find_spec("fastsafetensors") is None and "fastsafetensors" in names:
         print("fastsafetensors is not installed here, so it is left out", file=sys.stderr)

@@ -83,7 +83,7 @@ def build(
 ) -> tuple[MoELayer, ...]:
     """Build the layers of `plan` on `device`, from the tensors of `index`.
 
-    `threads` (None: one a core, at most 16) read straight into the layers' memory, so that the peak is the layers and
+    `threads` (None: `default_threads`) read straight into the layers' memory, so that the peak is the layers and
     a few MiB a thread; `tables` is the folder of measured configurations (None: the shipped ones); `moved` is told the
     bytes that have arrived, from those threads; `check` looks at each layer while the next one is read. Raises
     `BuildError` (everything that does not add up), `CheckpointError` (a file that can't be read), `TableError` or what

@@ -82,9 +82,14 @@ class Piece:
         self.sizes += other.sizes
 
 
-def default_threads() -> int:
-    """As many as this process may use cores, at most 16."""
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_THREADS)
+def default_threads(*, staged: bool = False) -> int:
+    """As many as this process may use cores, at most 16; of eight one less where they wait for a device.
+
+    They wait without sleeping then, and the thread that plans the next layer needs a core, too.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = min(cores, MOST_THREADS)
+    return most - most // 8 if staged else most
 
 
 class Transfers:
@@ -93,12 +98,12 @@ class Transfers:
     def __init__(
         self, checkpoint: Checkpoint, device: torch.device, *, threads: int | None = None, staged: bool = False
     ) -> None:
-        """`threads`: None for one a core; `staged`: through pieces even to the CPU, as it is done to a GPU."""
+        """`threads`: None for `default_threads`; `staged`: through pieces even to the CPU, as it is done to a GPU."""
         self._checkpoint, self._device = checkpoint, device
         self._staged = staged or device.type != "cpu"
         self._mine = threading.local()
         self._lanes: list[_Lane] = []
-        self._threads, self._over = threads or default_threads(), False
+        self._threads, self._over = threads or default_threads(staged=self._staged), False
         self._pool = ThreadPoolExecutor(self._threads, "load", initializer=self._open_lane)
 
     def __enter__(self) -> Self:
