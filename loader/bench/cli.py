@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 TOKENS = "1,4,16,64,256,1024,4096,8192"
 INCOMPLETE = 3
+PLOTS = (".png", ".svg", ".pdf")
 
 
 tables_option = click.option(
@@ -87,6 +88,8 @@ def bench_command(
     counts, models, chosen = _numbers(tokens), _models(shape, formats, tp_size), _peers(peers, peers_dir)
     if plot is not None:
         _require("matplotlib", "--plot draws with it; `pip install matplotlib`, or this package with its extra `bench`")
+        if plot.suffix not in PLOTS:
+            raise click.UsageError(f"--plot writes {', '.join(PLOTS)}; not `{plot.name}`")
     _require_gpu()
     table = _table(tables)
     from loader.bench.report import Report, draw
@@ -128,11 +131,13 @@ def tune_command(
     """
     counts, models = _numbers(tokens), _models(shape, formats, tp_size)
     _require_gpu()
+    from loader.bench.shown import shown
     from loader.bench.tuning import tune
     from loader.kernels.tuned import SHIPPED
 
     until = None if seconds is None else time.monotonic() + seconds
-    complete = tune(models, counts, folder=tables or SHIPPED, most=most, until=until, say=click.echo)
+    with shown(len(models) * len(counts)) as bar:
+        complete = tune(models, counts, folder=tables or SHIPPED, most=most, until=until, shown=bar)
     context.exit(0 if complete else INCOMPLETE)
 
 

@@ -12,6 +12,7 @@ import torch
 from loader.bench import ours
 from loader.bench.problem import Model, Problem
 from loader.bench.run import layers_of, problems_of
+from loader.bench.shown import Shown
 from loader.bench.timing import microseconds
 from loader.bench.tune import search
 from loader.kernels.configs import Config, Shape
@@ -25,11 +26,11 @@ def tune(
     folder: Path,
     most: int,
     until: float | None,
-    say: Callable[[str], object],
+    shown: Shown,
 ) -> bool:
     """Search for whatever of `models` and `tokens` the device's table in `folder` has not, and save after each find.
 
-    False, and `say` says so, where `until` passed before all of it was there.
+    False, and a line says so, where `until` passed before all of it was there.
     """
     import triton
 
@@ -40,14 +41,17 @@ def tune(
     for model in models:
         missing = [count for count in tokens if not _is_complete(table, model, count)]
         if not missing:
-            say(f"{model.name} tp {model.tp_size} {model.format}: all of it is in {path}")
+            shown.say(f"{model.name} tp {model.tp_size} {model.format}: all of it is in {path}")
             continue
         layers = layers_of(model, "cuda", 0)
         for count in missing:
             if until is not None and time.monotonic() > until:
-                say(f"the time is up; what was found is in {path}, and the same command goes on from there")
+                shown.say(f"the time is up; what was found is in {path}, and the same command goes on from there")
                 return False
-            say(_tune_one(table, model, problems_of(model, layers, count, 0), most, lambda: table.save(path)))
+            shown.point(_name(model, count))
+            some = problems_of(model, layers, count, 0)
+            shown.say(_tune_one(table, model, some, most, lambda: table.save(path), shown.tried))
+            shown.found()
         del layers
         torch.cuda.empty_cache()
     return True
@@ -65,16 +69,27 @@ def _is_complete(table: Table, model: Model, tokens: int) -> bool:
     return compared and None not in found
 
 
-def _tune_one(table: Table, model: Model, problems: Sequence[Problem], most: int, save: Callable[[], object]) -> str:
+def _name(model: Model, tokens: int) -> str:
+    return f"{model.name} tp {model.tp_size} {model.format}, {tokens} tokens"
+
+
+def _tune_one(
+    table: Table,
+    model: Model,
+    problems: Sequence[Problem],
+    most: int,
+    save: Callable[[], object],
+    tried: Callable[[], None],
+) -> str:
     shapes, tokens = _shapes(model), len(problems[0].x_TD)
     for shape, some in zip(shapes, _parts(model, problems), strict=True):
         if tokens not in table.configs.get(shape, {}):
             start = _of_others(table, shape, tokens)
-            best = search(some, shape, most=max(4, most // 3) if start else most, start=start)
+            best = search(some, shape, most=max(4, most // 3) if start else most, start=start, done=tried)
             _note(table, shape, Measured(tokens=tokens, microseconds=round(best.microseconds, 3), config=best.config))
             save()
     fused, *halves = (table.configs[shape][tokens] for shape in shapes)
-    text = f"{model.name} tp {model.tp_size} {model.format}, {tokens} tokens: {fused.microseconds:.1f} us"
+    text = f"{_name(model, tokens)}: {fused.microseconds:.1f} us"
     if not halves:
         return text
     routed, shared = (half.config for half in halves)

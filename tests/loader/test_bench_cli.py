@@ -97,6 +97,15 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     assert "triton is not installed here: the kernels are written in it; `pip install triton==3.6.0`" in done.output
 
 
+def test_a_plot_of_an_unknown_kind_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "_require", lambda module, why: None)
+    done = run("bench", *GOOD, "--plot", str(tmp_path / "plot.xyz"))
+    assert done.exit_code == 2
+    assert "--plot writes .png, .svg, .pdf; not `plot.xyz`" in done.output
+
+
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +18,7 @@ from click.testing import CliRunner
 from loader.bench import cli
 from loader.bench.candidates import candidates
 from loader.bench.problem import Model, problems, random_experts
+from loader.bench.shown import Shown, shown
 from loader.errors import BenchError, TableError
 from loader.kernels.configs import Config, Shape, Tiles, default
 from loader.kernels.tuned import Measured, Table, file_name, read_table
@@ -146,7 +149,7 @@ class Searches:
         self.failing = failing
         self.path = Path()
 
-    def __call__(self, some: Any, shape: Shape, *, most: int, start: list[Config]) -> Any:
+    def __call__(self, some: Any, shape: Shape, *, most: int, start: list[Config], done: Callable[[], None]) -> Any:
         from loader.bench.tune import Best
 
         if self.path.exists():
@@ -176,9 +179,11 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     ) -> tuple[bool, list[str], Searches]:
         said: list[str] = []
         searches = Searches(failing)
+        lines = Shown()
+        monkeypatch.setattr(lines, "say", said.append)
         searches.path = tmp_path / file_name(DEVICE)
         monkeypatch.setattr(tuning, "search", searches)
-        done = tuning.tune(models, tokens, folder=tmp_path, most=9, until=until, say=said.append)
+        done = tuning.tune(models, tokens, folder=tmp_path, most=9, until=until, shown=lines)
         return done, said, searches
 
     return go
@@ -287,9 +292,9 @@ def test_the_command_says_by_its_status_whether_it_was_done(
 
     asked: dict[str, Any] = {}
 
-    def tune(models: list[Model], tokens: list[int], *, say: Callable[[str], object], **options: Any) -> bool:
+    def tune(models: list[Model], tokens: list[int], *, shown: Shown, **options: Any) -> bool:
         asked.update(options, models=[one.format for one in models], tokens=tokens)
-        say("found it")
+        shown.say("found it")
         return complete
 
     monkeypatch.setattr(tuning, "tune", tune)
@@ -303,3 +308,31 @@ def test_the_command_says_by_its_status_whether_it_was_done(
     assert (asked["models"], asked["tokens"], asked["most"]) == (["bf16", "mxfp4"], [1, 16], 5)
     assert asked["folder"] == tmp_path
     assert 50 < asked["until"] - time.monotonic() <= 60
+
+
+def test_a_person_at_a_terminal_sees_where_the_search_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with shown(2) as bar:
+        bar.point("kimi-k2.5 tp 8 bf16, 16 tokens")
+        for _ in range(3):
+            bar.tried()
+        bar._bar.refresh()
+        bar.say("kimi-k2.5 tp 8 bf16, 16 tokens: 289 us")
+        bar.found()
+        bar._bar.refresh()
+    out, err = capsys.readouterr()
+    assert out == "kimi-k2.5 tp 8 bf16, 16 tokens: 289 us\n"
+    seen = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", err)
+    assert "bf16, 16 tokens" in seen and "0/2 3 settings timed" in seen and "1/2" in seen
+
+
+def test_without_a_terminal_there_are_only_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with shown(2) as quiet:
+        quiet.point("a")
+        quiet.tried()
+        quiet.say("found")
+        quiet.found()
+    assert capsys.readouterr() == ("found\n", "")
