@@ -339,9 +339,9 @@ def down(
         accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for at in range(first * STEPS, last * STEPS):
             step = at % STEPS
-            b, strip = _place_of(at // STEPS, n, N_TILES, GROUP)
-            expert, place_M, pair_M, here_M = _block(b, order, order, blocks, E, 1, False, BLOCK_M)
-            d, row_N, scale_row_N = _rows_of_down(expert, strip, D, FORMAT, BLOCK_N)
+            place_M, pair_M, here_M, d, row_N, scale_row_N = _tile_of_down(
+                at // STEPS, n, order, blocks, E, D, FORMAT, GROUP, BLOCK_M, BLOCK_N
+            )
             accumulator = _add_product(
                 accumulator,
                 hidden,
@@ -366,9 +366,9 @@ def down(
                 accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     else:
         for tile in range(first, last):
-            b, strip = _place_of(tile, n, N_TILES, GROUP)
-            expert, place_M, pair_M, here_M = _block(b, order, order, blocks, E, 1, False, BLOCK_M)
-            d, row_N, scale_row_N = _rows_of_down(expert, strip, D, FORMAT, BLOCK_N)
+            place_M, pair_M, here_M, d, row_N, scale_row_N = _tile_of_down(
+                tile, n, order, blocks, E, D, FORMAT, GROUP, BLOCK_M, BLOCK_N
+            )
             accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
             for step in range(STEPS):
                 accumulator = _add_product(
@@ -391,6 +391,26 @@ def down(
                     BLOCK_C,
                 )
             _store_weighted(accumulator, bias, row_N, router_weights, pair_M, here_M, out, d, D, BIASED)
+
+
+@triton.jit
+def _tile_of_down(
+    tile,
+    n,
+    order,
+    blocks,
+    E,
+    D: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Of tile number `tile` of `n` blocks: places and pairs of its rows, which are there, and `_rows_of_down`."""
+    b, strip = _place_of(tile, n, (D + BLOCK_N - 1) // BLOCK_N, GROUP)
+    expert, place_M, pair_M, here_M = _block(b, order, order, blocks, E, 1, False, BLOCK_M)
+    d, row_N, scale_row_N = _rows_of_down(expert, strip, D, FORMAT, BLOCK_N)
+    return place_M, pair_M, here_M, d, row_N, scale_row_N
 
 
 @triton.jit
