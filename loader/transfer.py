@@ -118,7 +118,8 @@ class Transfers:
         # INVARIANT: nobody writes to a destination after this, so that it may be freed.
         self._over = True
         self._pool.shutdown(cancel_futures=True)
-        self._arrive()
+        for lane in self._lanes:  # of a piece that failed, some may have been sent
+            lane.finish()
 
     def start(self, transfers: Iterable[Transfer], moved: Callable[[int], None]) -> Callable[[], None]:
         """Start all of `transfers` and give a function that waits for the last byte and raises the first error.
@@ -144,13 +145,8 @@ class Transfers:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
-            self._arrive()
 
         return finish
-
-    def _arrive(self) -> None:
-        for lane in self._lanes:
-            lane.finish()
 
     def _open_lane(self) -> None:
         self._mine.lane = _Lane(self._checkpoint, self._device, self._staged)
@@ -194,7 +190,7 @@ def _start(info: TensorInfo, source: Tensor) -> int:
 
 
 class _Lane:
-    """What one thread has: a small buffer, and where bytes are staged room for some pieces, and a stream."""
+    """What one thread has: a small buffer, and where bytes are staged room for a piece, and a stream."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, staged: bool) -> None:
         self._checkpoint, self._staged = checkpoint, staged
