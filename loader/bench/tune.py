@@ -89,7 +89,7 @@ def _compile(problem: Problem, configs: Sequence[Config]) -> None:
     """Into Triton's cache, side by side; what fails there fails again, one by one, when it is to be timed."""
     import triton
 
-    from loader.kernels.triton_overlap import overlapping
+    from loader.kernels.triton_device import overlapping
 
     def warm_up(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         kernel.warmup(*arguments, grid=grid, **options, **overlapping(arguments[0].device))

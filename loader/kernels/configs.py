@@ -68,7 +68,7 @@ class Config:
 BY_TOKEN = 4
 """Tokens up to which few enough choose the same expert that reading it again for each may cost less than sorting."""
 PACKED = frozenset({"int4_g32", "mxfp4"})
-"""Formats of eight numbers to a word."""
+"""Formats of four numbers to two bytes."""
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         "bf16": "plain",

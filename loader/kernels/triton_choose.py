@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from loader.kernels.triton_device import await_previous
 from loader.kernels.triton_experts import _dot
-from loader.kernels.triton_overlap import await_previous
 
 
 @triton.jit

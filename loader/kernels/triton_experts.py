@@ -10,16 +10,12 @@ are constants of its kernels, so that what they divide, and how its rows are ali
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
-from loader.kernels.triton_overlap import await_previous
+from loader.kernels.triton_device import INTERPRETED, await_previous
 from loader.kernels.triton_unpack import e8m0, factors, streams
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
-"""The interpreter's dot is wrong on bf16 operands (Triton 3.6), so that they are widened there."""
 E4M3_MAX = tl.constexpr(448.0)
 HALF_RUN = tl.constexpr(8)
 """Rows of gate, then rows of up, in turns within a tile: a thread's accumulators of ``wgmma`` are 8 rows apart."""
@@ -27,6 +23,7 @@ HALF_RUN = tl.constexpr(8)
 
 @triton.jit
 def _dot(a, b, accumulator):
+    # The interpreter's dot is wrong on bf16 operands (Triton 3.6).
     if INTERPRETED and a.dtype == tl.bfloat16:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
     return tl.dot(a, b, accumulator, input_precision="ieee")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from loader.kernels.base import ExpertWeights
 from loader.kernels.configs import HOPPER_SHARED_BYTES, KINDS, PACKED, Config, Shape, Tiles, default, power_of_two
-from loader.kernels.triton_experts import INTERPRETED, combine, down, down_by_token, gate_up, prepare
-from loader.kernels.triton_overlap import overlapping
+from loader.kernels.triton_device import is_nvidia, overlapping
+from loader.kernels.triton_experts import combine, down, down_by_token, gate_up, prepare
 from loader.kernels.triton_schedule import cut_blocks, schedule_small, sort_pairs
 
 SMALL = 256
@@ -142,7 +142,7 @@ class _Call:
     def __init__(self, experts: TritonExperts, x_TD: Tensor, ids: Tensor, router: Tensor, config: Config) -> None:
         self.experts, self.ids, self.router, self.config = experts, ids, router, config
         self.pairs, self.k, self.dtype = ids.numel(), ids.shape[1], x_TD.dtype
-        native = _is_nvidia(x_TD.device) if experts._assembly is None else experts._assembly
+        native = is_nvidia(x_TD.device) if experts._assembly is None else experts._assembly
         # It computes in bf16, from scales that are bf16 or powers of two.
         self.assembly = native and x_TD.dtype == torch.bfloat16 and experts.kind in PACKED and experts.is_exact_in_bf16
         fp8 = experts.kind == "fp8_block" and x_TD.dtype != torch.float32
@@ -320,10 +320,6 @@ def _scale(scale: Tensor | None, weight: Tensor) -> Tensor:
     if scale is None:
         return weight
     return scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
-
-
-def _is_nvidia(device: torch.device) -> bool:
-    return not INTERPRETED.value and device.type == "cuda" and torch.version.hip is None
 
 
 def counted(shape: Shape, x_TD: Tensor) -> Config:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loader.kernels.triton_overlap import await_previous
+from loader.kernels.triton_device import await_previous
 
 
 @triton.jit
