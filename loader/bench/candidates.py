@@ -12,13 +12,15 @@ from loader.kernels.configs import (
     Config,
     Shape,
     Tiles,
+    accumulators,
     default,
-    fitting,
     one_by_one,
     stage_bytes,
 )
 
 MOST_BY_TOKEN = 2 * BY_TOKEN
+MOST_ACCUMULATORS = 128
+"""Registers of a thread, which has as many again for operands and addresses."""
 
 
 def candidates(shape: Shape, tokens: int, multiprocessors: int) -> list[Config]:
@@ -33,14 +35,13 @@ def _skeletons(shape: Shape, tokens: int, multiprocessors: int) -> Iterator[Conf
         few = one_by_one(shape, tokens, multiprocessors)
         for splits in (1, 2, 4, 8):
             yield replace(few, splits=splits)
-    many = default(shape, max(tokens, BY_TOKEN + 1), multiprocessors)
     share = tokens * shape.top_k / shape.n_slots
     for block_m in (16, 32, 64, 128):
         if block_m <= max(16, 4 * share) and block_m * 8 >= share:
-            yield fitting(replace(many, block_m=block_m), shape, HOPPER_SHARED_BYTES)
+            yield default(shape, tokens, multiprocessors, block_m=block_m)
     if tokens <= 64:
         for splits in (2, 4):
-            yield fitting(replace(many, block_m=16, splits=splits), shape, HOPPER_SHARED_BYTES)
+            yield replace(default(shape, tokens, multiprocessors, block_m=16), splits=splits)
 
 
 def tiles(shape: Shape, config: Config, half: str) -> list[Tiles]:
@@ -61,10 +62,9 @@ def tiles(shape: Shape, config: Config, half: str) -> list[Tiles]:
                 for warps in (4, 8):
                     if warps == 8 and block_n * rows < 128:
                         continue
-                    # Registers: float32 accumulators of a thread, and as much again for operands and addresses.
-                    if block_n * rows * config.block_m / (32 * warps) > 128:
-                        continue
                     one = Tiles(block_n=block_n, block_c=step, warps=warps, stages=stages)
+                    if accumulators(shape, config.block_m, rows, one) > MOST_ACCUMULATORS:
+                        continue
                     if stage_bytes(shape, config.block_m, rows, one) * stages > HOPPER_SHARED_BYTES:
                         continue
                     walks = (0, 4) if half == "down" and not large else (0,)

@@ -83,21 +83,27 @@ HOPPER_SHARED_BYTES = 227 << 10
 """Shared memory that one thread block may have, compute capability 9.0."""
 
 
-def default(shape: Shape, tokens: int, multiprocessors: int, shared_bytes: int = HOPPER_SHARED_BYTES) -> Config:
+def default(
+    shape: Shape,
+    tokens: int,
+    multiprocessors: int,
+    shared_bytes: int = HOPPER_SHARED_BYTES,
+    *,
+    block_m: int | None = None,
+) -> Config:
     """A configuration from counting: tiles enough to fill the device, and steps of a few KB to a thread block.
 
     A memory-bound layer wants every multiprocessor to have loads under way from the first to the last microsecond, so
     that a product with few tiles is split along its inner axis; a compute-bound one wants tiles as large as registers
     allow, which are as high as an expert's share of the tokens. Where counting left a choice, what a first search on an
-    H200 liked better (benchmarks/README.md). `shared_bytes` are what one thread block may have.
+    H200 liked better (benchmarks/README.md). `shared_bytes` are what one thread block may have; `block_m` is counted
+    where it is not given, and else what the tiles are cut for.
     """
-    if tokens <= 1 and KINDS[shape.format] == "plain":  # other formats prepare activations, so that they may sort them
+    # Other formats prepare activations, so that they may sort them as well.
+    if block_m is None and tokens <= 1 and KINDS[shape.format] == "plain":
         return replace(one_by_one(shape, tokens, multiprocessors, shared_bytes), splits=1)
     pairs = max(tokens * shape.top_k, 1)
-    share = pairs / min(shape.n_slots, pairs)
-    block_m = 128 if share >= 256 else min(power_of_two(share, 16), 64)
-    if shape.format == "fp8_block":  # each step's sum is scaled: with more columns that costs more than it saves
-        block_m = min(block_m, 32)
+    block_m = block_m or _block_m(shape, pairs)
     gate_up, down = _tiles(shape, block_m, rows=2), _tiles(shape, block_m, rows=1)
     tiles = min(shape.n_slots, pairs) * -(-shape.width // gate_up.block_n)
     most = max(1, shape.hidden_size // (4 * gate_up.block_c))
@@ -108,6 +114,22 @@ def default(shape: Shape, tokens: int, multiprocessors: int, shared_bytes: int =
         splits=min(power_of_two(2 * multiprocessors / tiles), most, 8),
     )
     return fitting(config, shape, shared_bytes)
+
+
+def _block_m(shape: Shape, pairs: int) -> int:
+    share = pairs / min(shape.n_slots, pairs)
+    most = 128 if share >= 256 else 64
+    if shape.format == "fp8_block":  # each step's sum is scaled: with more columns that costs more than it saves
+        most = 32
+    return min(power_of_two(share, 16), most)
+
+
+def accumulators(shape: Shape, block_m: int, rows: int, tiles: Tiles) -> float:
+    """Registers of a thread, which has at most 255, for sums in float32: with FP8 those of a step are not yet scaled
+    and stand beside those of the tile.
+    """
+    sums = 2 if shape.format == "fp8_block" else 1
+    return sums * tiles.block_n * rows * block_m / (32 * tiles.warps)
 
 
 def stage_bytes(shape: Shape, block_m: int, rows: int, tiles: Tiles) -> float:
@@ -146,8 +168,9 @@ def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
     inner = shape.hidden_size if rows == 2 else shape.width
     walks = 0 if rows == 2 else 4  # few steps make a tile of down, so that programs walk along several
     if shape.format == "fp8_block":
-        wide = block_m > 16 and rows == 1
-        return Tiles(block_n=256 if wide else 128 // rows, block_c=128, warps=4, stages=4 - wide, programs=walks)
+        wide = block_m == 32 and rows == 1
+        warps = 8 if block_m > 64 else 4
+        return Tiles(block_n=256 if wide else 128 // rows, block_c=128, warps=warps, stages=4 - wide, programs=walks)
     if shape.format in PACKED and block_m >= 64:
         return Tiles(block_n=128 // rows, block_c=128, warps=4 if block_m == 64 else 8, stages=3, group=8)
     if shape.format in PACKED:
