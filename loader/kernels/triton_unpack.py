@@ -21,10 +21,9 @@ def factors(scale, FORMAT: tl.constexpr, ASSEMBLY: tl.constexpr):
     if FORMAT == "int4_g32":
         return scale
     elif ASSEMBLY:
-        # 2 ** (code - 1), as `_MXFP4` leaves its numbers 2 ** -126 too small; infinite for codes above 128, so that a
-        # scale of 2 ** 2 and more, which no weights have, is loud.
-        bits = (tl.minimum(scale.to(tl.int32), 129) + 126) << 7
-        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        return tl.inline_asm_elementwise(
+            asm=_E8M0, constraints="=&r,=&r,r", args=[scale], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
     else:
         return e8m0(scale, tl.float32)
 
@@ -101,16 +100,30 @@ _INT4 = _of_two_quads(
     [("a", "b"), ("$5", "zero")],
 )
 # The three bits below the sign, moved to the last of bf16's exponent and the first of its mantissa, are E2M1's number
-# times 2**-126, subnormal ones too.
+# times 2**-126, subnormal ones too. Where both move up, one multiplication moves the sign and them: it adds up two
+# shifts of a nibble, and keeps them off the units for bits, which are the busiest.
 _MXFP4 = _of_two_quads(
     "",
     [
-        "shl.b32 n, $4, 6; shl.b32 s, $4, 12; and.b32 n, n, 0x01C001C0; lop3.b32 {out}, s, 0x80008000, n, 0xEA;",
-        "shl.b32 n, $4, 2; shl.b32 s, $4, 8; and.b32 n, n, 0x01C001C0; lop3.b32 {out}, s, 0x80008000, n, 0xEA;",
-        "shr.u32 n, $4, 2; shl.b32 s, $4, 4; and.b32 n, n, 0x01C001C0; lop3.b32 {out}, s, 0x80008000, n, 0xEA;",
+        "and.b32 n, $4, 0x000F000F; mul.lo.u32 n, n, 0x1040; and.b32 {out}, n, 0x81C081C0;",
+        "and.b32 n, $4, 0x00F000F0; mul.lo.u32 n, n, 0x0104; and.b32 {out}, n, 0x81C081C0;",
+        "and.b32 n, $4, 0x0F000F00; shr.u32 n, n, 6; mul.lo.u32 n, n, 0x0410; and.b32 {out}, n, 0x81C081C0;",
         "shr.u32 n, $4, 6; and.b32 n, n, 0x01C001C0; lop3.b32 {out}, $4, 0x80008000, n, 0xEA;",
     ],
     [("$5", "zero")],
+)
+# Four codes of E8M0 ($2) to pairs of bf16 in $0 and $1: 2 ** (code - 1), as `_MXFP4` leaves its numbers 2 ** -126 too
+# small. A code is bf16's exponent, but that 0 is a subnormal number; times 2 ** 126 codes above 128 are infinite, so
+# that a scale of 2 ** 2 and more, which no weights have, is loud.
+_E8M0 = tl.constexpr(
+    """{
+.reg .b32 least, by, zero;
+mov.b32 least, 0x00400040; mov.b32 by, 0x7E807E80; mov.b32 zero, 0x80008000;
+prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;
+shl.b32 $0, $0, 7; shl.b32 $1, $1, 7;
+max.bf16x2 $0, $0, least; max.bf16x2 $1, $1, least;
+fma.rn.bf16x2 $0, $0, by, zero; fma.rn.bf16x2 $1, $1, by, zero;
+}"""
 )
 _FOUR = tl.constexpr((tl.bfloat16,) * 4)
 
