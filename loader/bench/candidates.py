@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -21,6 +22,8 @@ from loader.kernels.configs import (
 MOST_BY_TOKEN = 2 * BY_TOKEN
 MOST_ACCUMULATORS = 128
 """Registers of a thread, which has as many again for operands and addresses."""
+LARGE = 64
+"""Pairs of a block from which on products wait for their operands to come from the cache, and no longer from memory."""
 
 
 def candidates(shape: Shape, tokens: int, multiprocessors: int) -> list[Config]:
@@ -38,7 +41,13 @@ def _skeletons(shape: Shape, tokens: int, multiprocessors: int) -> Iterator[Conf
     share = tokens * shape.top_k / shape.n_slots
     for block_m in (16, 32, 64, 128):
         if block_m <= max(16, 4 * share) and block_m * 8 >= share:
-            yield default(shape, tokens, multiprocessors, block_m=block_m)
+            found = default(shape, tokens, multiprocessors, block_m=block_m)
+            yield found
+            yield replace(
+                found,
+                gate_up=replace(found.gate_up, tokens_left=False),
+                down=replace(found.down, tokens_left=False),
+            )
     if tokens <= 64:
         for splits in (2, 4):
             yield replace(default(shape, tokens, multiprocessors, block_m=16), splits=splits)
@@ -49,7 +58,7 @@ def tiles(shape: Shape, config: Config, half: str) -> list[Tiles]:
     packed = shape.format in PACKED
     inner = shape.hidden_size // config.splits if half == "gate_up" else shape.width
     rows = 2 if half == "gate_up" else 1
-    large = config.block_m >= 64
+    large = config.block_m >= LARGE
     steps = [128] if shape.format == "fp8_block" else [128, 256] if packed else [64, 128, 256]
     found = []
     for block_n in (16, 32, 64, 128, 256):
@@ -67,6 +76,26 @@ def tiles(shape: Shape, config: Config, half: str) -> list[Tiles]:
                         continue
                     if stage_bytes(shape, config.block_m, rows, one) * stages > HOPPER_SHARED_BYTES:
                         continue
-                    walks = (0, 4) if half == "down" and not large else (0,)
-                    found += [replace(one, group=g, programs=p) for g in ((1, 8) if large else (1,)) for p in walks]
+                    if not large:
+                        found += [replace(one, programs=p) for p in ((0, 4) if half == "down" else (0,))]
+                        continue
+                    # A tile with one scale to all of its rows is at most as high as a block of them.
+                    one_scale = shape.format == "fp8_block" and block_n > 128
+                    sides = (False,) if packed or one_scale else (False, True)
+                    found += [replace(one, group=g, tokens_left=left) for g in (1, 8) for left in sides]
     return found
+
+
+def some_tiles(shape: Shape, config: Config, half: str, most: int, draw: random.Random) -> list[Tiles]:
+    """At most so many of `tiles`, drawn; of large blocks half of them among those that move the fewest bytes."""
+    found = tiles(shape, config, half)
+    found = draw.sample(found, len(found))
+    if config.block_m < LARGE:
+        return found[:most]
+    rows = 2 if half == "gate_up" else 1
+
+    def bytes_moved(one: Tiles) -> float:
+        return stage_bytes(shape, config.block_m, rows, one) / (one.block_n * one.block_c)
+
+    fewest = sorted(found, key=bytes_moved)[: most // 2]
+    return list(dict.fromkeys([*fewest, *found]))[:most]

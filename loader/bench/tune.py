@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loader.bench import ours
-from loader.bench.candidates import candidates, tiles
+from loader.bench.candidates import candidates, some_tiles
 from loader.bench.problem import Problem
 from loader.bench.report import first_line
 from loader.bench.timing import microseconds, settle
@@ -48,8 +48,8 @@ def search(
     """The fastest configuration for these problems, all of one shape and one number of tokens.
 
     `start` is tried before all others; `most` configurations are tried in each of three rounds: skeletons, tiles of
-    gate_up, tiles of down, the latter two drawn at random where there are more. `done` is called after each. Raises
-    `BenchError` where none runs at all.
+    gate_up, tiles of down, the latter two drawn where there are more (`some_tiles`). `done` is called after each.
+    Raises `BenchError` where none runs at all.
     """
     device, tokens = problems[0].x_TD.device, len(problems[0].x_TD)
     draw = random.Random(seed)
@@ -72,9 +72,7 @@ def search(
 
     best = round_of([*start, *candidates(shape, tokens, multiprocessors(device))[:most]])
     for half in ("gate_up", "down"):
-        others = tiles(shape, best, half)
-        chosen = draw.sample(others, min(most, len(others)))
-        best = round_of([_with(best, half, each) for each in chosen])
+        best = round_of([_with(best, half, each) for each in some_tiles(shape, best, half, most, draw)])
     if math.isinf(times[best]):
         raise BenchError(f"of {len(times)} configurations none runs for {shape} with {tokens} tokens: {reason}")
     ran = sum(math.isfinite(each) for each in times.values())

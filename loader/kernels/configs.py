@@ -49,6 +49,8 @@ class Tiles:
     """Blocks of tokens that share a strip of weight tiles."""
     programs: int = 0
     """Programs to a multiprocessor that walk along the tiles; 0: a program a tile."""
+    tokens_left: bool = False
+    """Whether tokens are the left operand, for blocks of 64 and more; never for packed formats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,10 +120,7 @@ def default(
 
 def _block_m(shape: Shape, pairs: int) -> int:
     share = pairs / min(shape.n_slots, pairs)
-    most = 128 if share >= 256 else 64
-    if shape.format == "fp8_block":  # each step's sum is scaled: with more columns that costs more than it saves
-        most = 32
-    return min(power_of_two(share, 16), most)
+    return min(power_of_two(share, 16), 128 if share >= 256 else 64)
 
 
 def accumulators(shape: Shape, block_m: int, rows: int, tiles: Tiles) -> float:
@@ -167,17 +166,18 @@ def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
     """Of gate_up, which has two `rows` of weights to a column of the intermediate, or of down."""
     inner = shape.hidden_size if rows == 2 else shape.width
     walks = 0 if rows == 2 else 4  # few steps make a tile of down, so that programs walk along several
+    if shape.format == "fp8_block" and block_m >= 64:
+        return Tiles(block_n=128 // rows, block_c=128, warps=block_m // 16, stages=4, group=8, tokens_left=True)
     if shape.format == "fp8_block":
         wide = block_m == 32 and rows == 1
-        warps = 8 if block_m > 64 else 4
-        return Tiles(block_n=256 if wide else 128 // rows, block_c=128, warps=warps, stages=4 - wide, programs=walks)
+        return Tiles(block_n=256 if wide else 128 // rows, block_c=128, warps=4, stages=4 - wide, programs=walks)
     if shape.format in PACKED and block_m >= 64:
         return Tiles(block_n=128 // rows, block_c=128, warps=4 if block_m == 64 else 8, stages=3, group=8)
     if shape.format in PACKED:
         block_n = 128 if rows == 1 else 32 if block_m == 16 else 64
         return Tiles(block_n=block_n, block_c=256 if inner >= 256 else 128, warps=4, stages=3, programs=walks)
     if block_m >= 64:
-        return Tiles(block_n=128, block_c=64, warps=8, stages=3, group=8)
+        return Tiles(block_n=128, block_c=64, warps=8, stages=3, group=8, tokens_left=True)
     if shape.format == "fp32":  # tiles twice as wide in memory
         return Tiles(block_n=64 // rows, block_c=64, warps=4, stages=3)
     return (

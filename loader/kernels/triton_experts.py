@@ -4,8 +4,10 @@ Shapes: T tokens, K slots of a token, P = T * K pairs, E slots of the stack, D h
 slot, M pairs of one block, N rows of a weight tile, C columns of a step. Everything is accumulated in float32.
 
 Weights are the left operand: a weight tile's rows fill the 64 rows of Hopper's ``wgmma`` whatever the number of tokens,
-and numbers unpacked in registers (`triton_unpack`) go into it without a detour through shared memory. Sizes of a layer
-are constants of its kernels, so that what they divide, and how its rows are aligned, is known when they are compiled.
+and numbers unpacked in registers (`triton_unpack`) go into it without a detour through shared memory. With TOKENS_LEFT
+it is the other way round: of blocks of 64 pairs and more a thread then has a few, and so a few scales, and what it has
+of a row lies side by side in the output. Packed formats have no such way. Sizes of a layer are constants of its
+kernels, so that what they divide, and how its rows are aligned, is known when they are compiled.
 """
 
 from __future__ import annotations
@@ -30,8 +32,14 @@ def _dot(a, b, accumulator):
 
 
 @triton.jit
+def _no_sum(N: tl.constexpr, M: tl.constexpr, TOKENS_LEFT: tl.constexpr):
+    """What a sum of N rows of weights by M pairs starts as: ``(N, M)``, or with TOKENS_LEFT ``(M, N)``."""
+    return tl.zeros((M, N) if TOKENS_LEFT else (N, M), dtype=tl.float32)
+
+
+@triton.jit
 def _add_product(
-    accumulator_NM,
+    accumulator,
     x,
     x_scale,
     place_M,
@@ -45,13 +53,17 @@ def _add_product(
     EVEN: tl.constexpr,
     FORMAT: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr,
+    UP: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     C: tl.constexpr,
 ):
     """``accumulator + weight[row, c] @ x[place, c].T`` over C columns c from ``step * C`` on, of matrices of COLUMNS.
 
-    `place` are rows of x ``(M,)``, 0 where they are not `here_M`; EVEN: no step goes beyond COLUMNS. FORMAT: ``plain``
+    With TOKENS_LEFT the accumulator is transposed. `place` are rows of x ``(M,)``, 0 where they are not `here_M`; EVEN:
+    no step goes beyond COLUMNS. `scale_row_N` are the rows of scales that rows of weights have, with TOKENS_LEFT one
+    for all, and one for those of up, where UP is not 0, as many rows further on. FORMAT: ``plain``
     numbers of the dtype of x; ``fp8_block``, for which x is FP8 with an `x_scale` to 128 columns, or float32 without;
     ``int4_g32`` or ``mxfp4``, for which x lies by streams (`prepare`), so that each is copied to shared memory as it
     lies.
@@ -62,22 +74,32 @@ def _add_product(
         x_MC = tl.load(x + place_M[:, None] * COLUMNS + c[None, :], mask=inside, other=0.0)
         w_at = weight + row_N[:, None] * COLUMNS + c[None, :]
         w_NC = tl.load(w_at) if EVEN else tl.load(w_at, mask=c[None, :] < COLUMNS, other=0.0)
-        if FORMAT == "plain":
-            return _dot(w_NC.to(x_MC.dtype), x_MC.T, accumulator_NM)
+        if FORMAT == "plain" and TOKENS_LEFT:
+            return _dot(x_MC, w_NC.to(x_MC.dtype).T, accumulator)
+        elif FORMAT == "plain":
+            return _dot(w_NC.to(x_MC.dtype), x_MC.T, accumulator)
         else:
             tl.static_assert(C == 128, "a step of fp8_block is one block of 128 columns")
             BLOCKS: tl.constexpr = (COLUMNS + 127) // 128
             s_at = scale + scale_row_N * BLOCKS + step
-            scale_N = tl.load(s_at) if EVEN else tl.load(s_at, mask=step < BLOCKS, other=0.0)
-            if scale_N.dtype == tl.uint8:
-                scale_N = e8m0(scale_N, tl.float32)
-            scale_N = scale_N.to(tl.float32)
-            zero = tl.zeros((N, M), dtype=tl.float32)
+            scale_N = _block_scale(s_at, step < BLOCKS, EVEN)
+            if TOKENS_LEFT and UP != 0:
+                is_gate_N = tl.arange(0, N) // HALF_RUN % 2 == 0
+                scale_N = tl.where(is_gate_N, scale_N, _block_scale(s_at + UP * BLOCKS, step < BLOCKS, EVEN))
+            elif TOKENS_LEFT:
+                scale_N = tl.full((N,), 1.0, dtype=tl.float32) * scale_N
+            zero = _no_sum(N, M, TOKENS_LEFT)
             if x_MC.dtype == tl.float32:
-                return accumulator_NM + _dot(w_NC.to(tl.float32), x_MC.T, zero) * scale_N[:, None]
+                if TOKENS_LEFT:
+                    return accumulator + _dot(x_MC, w_NC.to(tl.float32).T, zero) * scale_N[None, :]
+                else:
+                    return accumulator + _dot(w_NC.to(tl.float32), x_MC.T, zero) * scale_N[:, None]
             else:
                 x_scale_M = tl.load(x_scale + place_M * BLOCKS + step, mask=here_M & (step < BLOCKS), other=0.0)
-                return accumulator_NM + tl.dot(w_NC, x_MC.T, zero) * (scale_N[:, None] * x_scale_M[None, :])
+                if TOKENS_LEFT:
+                    return accumulator + tl.dot(x_MC, w_NC.T, zero) * (x_scale_M[:, None] * scale_N[None, :])
+                else:
+                    return accumulator + tl.dot(w_NC, x_MC.T, zero) * (scale_N[:, None] * x_scale_M[None, :])
     else:
         QUADS: tl.constexpr = COLUMNS // 4
         GROUPS: tl.constexpr = COLUMNS // 32
@@ -96,10 +118,20 @@ def _add_product(
         factor = factors(group, FORMAT, ASSEMBLY)
         spread = tl.broadcast_to(factor[:, :, None], (N, C // 32, 8)).reshape(N, C // 4)
         w0, w1, w2, w3 = streams(quads, spread, FORMAT, x.dtype.element_ty, ASSEMBLY)
-        accumulator_NM = _dot(w0, x0.T, accumulator_NM)
-        accumulator_NM = _dot(w1, x1.T, accumulator_NM)
-        accumulator_NM = _dot(w2, x2.T, accumulator_NM)
-        return _dot(w3, x3.T, accumulator_NM)
+        tl.static_assert(not TOKENS_LEFT, "what is unpacked in registers is the left operand")
+        accumulator = _dot(w0, x0.T, accumulator)
+        accumulator = _dot(w1, x1.T, accumulator)
+        accumulator = _dot(w2, x2.T, accumulator)
+        return _dot(w3, x3.T, accumulator)
+
+
+@triton.jit
+def _block_scale(at, inside, EVEN: tl.constexpr):
+    """The scale of a block of FP8, E8M0 or a float; EVEN: it is inside."""
+    scale = tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0)
+    if scale.dtype == tl.uint8:
+        scale = e8m0(scale, tl.float32)
+    return scale.to(tl.float32)
 
 
 @triton.jit
@@ -210,6 +242,7 @@ def gate_up(
     BIASED: tl.constexpr,
     SPLITS: tl.constexpr,
     GROUP: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -240,9 +273,13 @@ def gate_up(
         half_N = r // HALF_RUN % 2
         row_N = expert.to(tl.int64) * (2 * F) + half_N * F + f_N
         scale_row_N = row_N
-        if FORMAT == "fp8_block":
-            scale_row_N = (expert.to(tl.int64) * 2 + half_N) * ((F + 127) // 128) + f_N // 128
-        accumulator = tl.zeros((2 * BLOCK_N, BLOCK_M), dtype=tl.float32)
+        UP: tl.constexpr = (F + 127) // 128
+        if FORMAT == "fp8_block" and TOKENS_LEFT:
+            tl.static_assert(BLOCK_N <= 128, "a tile's rows of gate have one scale")
+            scale_row_N = expert.to(tl.int64) * (2 * UP) + begin_n // 128
+        elif FORMAT == "fp8_block":
+            scale_row_N = (expert.to(tl.int64) * 2 + half_N) * UP + f_N // 128
+        accumulator = _no_sum(2 * BLOCK_N, BLOCK_M, TOKENS_LEFT)
         for step in range(split * STEPS, (split + 1) * STEPS):
             accumulator = _add_product(
                 accumulator,
@@ -259,16 +296,17 @@ def gate_up(
                 D % (BLOCK_C * SPLITS) == 0,
                 FORMAT,
                 ASSEMBLY,
+                TOKENS_LEFT,
+                UP,
                 BLOCK_M,
                 2 * BLOCK_N,
                 BLOCK_C,
             )
         if BIASED:
             b_N = tl.load(bias + row_N).to(tl.float32)
-            accumulator += b_N[:, None] if SPLITS == 1 else tl.where(split == 0, b_N, 0.0)[:, None]
-        pairs = accumulator.reshape(BLOCK_N // HALF_RUN, 2, HALF_RUN, BLOCK_M).permute(0, 2, 3, 1)
-        gate, up = pairs.split()
-        gate_MN, up_MN = gate.reshape(BLOCK_N, BLOCK_M).T, up.reshape(BLOCK_N, BLOCK_M).T
+            b_N = b_N if SPLITS == 1 else tl.where(split == 0, b_N, 0.0)
+            accumulator += b_N[None, :] if TOKENS_LEFT else b_N[:, None]
+        gate_MN, up_MN = _gate_and_up(accumulator, BLOCK_N, BLOCK_M, TOKENS_LEFT)
         f = begin_n + _column(tl.arange(0, BLOCK_N), BLOCK_N, STREAMED)
         mask = here_M[:, None] & (f[None, :] < F)
         if STREAMED:
@@ -280,6 +318,17 @@ def gate_up(
             at = out + (tl.cast(P, tl.int64) * split + place_M[:, None]) * (2 * F) + f[None, :]
             tl.store(at, gate_MN, mask=mask)
             tl.store(at + F, up_MN, mask=mask)
+
+
+@triton.jit
+def _gate_and_up(accumulator, N: tl.constexpr, M: tl.constexpr, TOKENS_LEFT: tl.constexpr):
+    """Both halves of a tile, ``(M, N)`` each."""
+    if TOKENS_LEFT:
+        gate, up = accumulator.reshape(M, N // HALF_RUN, 2, HALF_RUN).permute(0, 1, 3, 2).split()
+        return gate.reshape(M, N), up.reshape(M, N)
+    else:
+        gate, up = accumulator.reshape(N // HALF_RUN, 2, HALF_RUN, M).permute(0, 2, 3, 1).split()
+        return gate.reshape(N, M).T, up.reshape(N, M).T
 
 
 @triton.jit
@@ -313,6 +362,7 @@ def down(
     ASSEMBLY: tl.constexpr,
     BIASED: tl.constexpr,
     GROUP: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr,
     WALKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -333,11 +383,11 @@ def down(
     first = tl.program_id(0) * n_mine
     last = tl.minimum(first + n_mine, n * N_TILES)
     if WALKS:
-        accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        accumulator = _no_sum(BLOCK_N, BLOCK_M, TOKENS_LEFT)
         for at in range(first * STEPS, last * STEPS):
             step = at % STEPS
             place_M, pair_M, here_M, d, row_N, scale_row_N = _tile_of_down(
-                at // STEPS, n, order, blocks, E, D, FORMAT, GROUP, BLOCK_M, BLOCK_N
+                at // STEPS, n, order, blocks, E, D, FORMAT, GROUP, TOKENS_LEFT, BLOCK_M, BLOCK_N
             )
             accumulator = _add_product(
                 accumulator,
@@ -354,19 +404,23 @@ def down(
                 F % BLOCK_C == 0,
                 FORMAT,
                 ASSEMBLY,
+                TOKENS_LEFT,
+                0,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_C,
             )
             if step == STEPS - 1:
-                _store_weighted(accumulator, bias, row_N, router_weights, pair_M, here_M, out, d, D, BIASED)
-                accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+                _store_weighted(
+                    accumulator, bias, row_N, router_weights, pair_M, here_M, out, d, D, BIASED, TOKENS_LEFT
+                )
+                accumulator = _no_sum(BLOCK_N, BLOCK_M, TOKENS_LEFT)
     else:
         for tile in range(first, last):
             place_M, pair_M, here_M, d, row_N, scale_row_N = _tile_of_down(
-                tile, n, order, blocks, E, D, FORMAT, GROUP, BLOCK_M, BLOCK_N
+                tile, n, order, blocks, E, D, FORMAT, GROUP, TOKENS_LEFT, BLOCK_M, BLOCK_N
             )
-            accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            accumulator = _no_sum(BLOCK_N, BLOCK_M, TOKENS_LEFT)
             for step in range(STEPS):
                 accumulator = _add_product(
                     accumulator,
@@ -383,11 +437,13 @@ def down(
                     F % BLOCK_C == 0,
                     FORMAT,
                     ASSEMBLY,
+                    TOKENS_LEFT,
+                    0,
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_C,
                 )
-            _store_weighted(accumulator, bias, row_N, router_weights, pair_M, here_M, out, d, D, BIASED)
+            _store_weighted(accumulator, bias, row_N, router_weights, pair_M, here_M, out, d, D, BIASED, TOKENS_LEFT)
 
 
 @triton.jit
@@ -400,35 +456,54 @@ def _tile_of_down(
     D: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Of tile number `tile` of `n` blocks: places and pairs of its rows, which are there, and `_rows_of_down`."""
     b, strip = _place_of(tile, n, (D + BLOCK_N - 1) // BLOCK_N, GROUP)
     expert, place_M, pair_M, here_M = _block(b, order, order, blocks, E, 1, False, BLOCK_M)
-    d, row_N, scale_row_N = _rows_of_down(expert, strip, D, FORMAT, BLOCK_N)
+    d, row_N, scale_row_N = _rows_of_down(expert, strip, D, FORMAT, TOKENS_LEFT, BLOCK_N)
     return place_M, pair_M, here_M, d, row_N, scale_row_N
 
 
 @triton.jit
-def _rows_of_down(expert, strip, D: tl.constexpr, FORMAT: tl.constexpr, BLOCK_N: tl.constexpr):
+def _rows_of_down(
+    expert, strip, D: tl.constexpr, FORMAT: tl.constexpr, TOKENS_LEFT: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Columns of the output of a strip, the rows of the stack that they are, and those of its scales."""
     d = strip * BLOCK_N + tl.arange(0, BLOCK_N)
     d_N = tl.minimum(d, D - 1)
     row_N = expert.to(tl.int64) * D + d_N
-    if FORMAT == "fp8_block":
+    if FORMAT == "fp8_block" and TOKENS_LEFT:
+        tl.static_assert(BLOCK_N <= 128, "a tile's rows have one scale")
+        return d, row_N, expert.to(tl.int64) * ((D + 127) // 128) + strip * BLOCK_N // 128
+    elif FORMAT == "fp8_block":
         return d, row_N, expert.to(tl.int64) * ((D + 127) // 128) + d_N // 128
     else:
         return d, row_N, row_N
 
 
 @triton.jit
-def _store_weighted(y_NM, bias, row_N, router_weights, pair_M, here_M, out, d, D: tl.constexpr, BIASED: tl.constexpr):
+def _store_weighted(
+    y,
+    bias,
+    row_N,
+    router_weights,
+    pair_M,
+    here_M,
+    out,
+    d,
+    D: tl.constexpr,
+    BIASED: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr,
+):
+    y_MN = y if TOKENS_LEFT else y.T
     if BIASED:
-        y_NM += tl.load(bias + row_N).to(tl.float32)[:, None]
-    y_NM *= tl.load(router_weights + pair_M, mask=here_M, other=0.0).to(tl.float32)[None, :]
+        y_MN += tl.load(bias + row_N).to(tl.float32)[None, :]
+    y_MN *= tl.load(router_weights + pair_M, mask=here_M, other=0.0).to(tl.float32)[:, None]
     mask = here_M[:, None] & (d[None, :] < D)
-    tl.store(out + pair_M[:, None].to(tl.int64) * D + d[None, :], y_NM.T.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + pair_M[:, None].to(tl.int64) * D + d[None, :], y_MN.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -469,7 +544,7 @@ def down_by_token(
         known = (expert >= 0) & (expert < E)
         expert = tl.where(known, expert, 0)
         factor = tl.load(router_weights + pair).to(tl.float32)
-        _, row_N, scale_row_N = _rows_of_down(expert, tl.program_id(0), D, FORMAT, BLOCK_N)
+        _, row_N, scale_row_N = _rows_of_down(expert, tl.program_id(0), D, FORMAT, False, BLOCK_N)
         part = _add_product(
             tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32),
             hidden,
@@ -485,6 +560,8 @@ def down_by_token(
             F % BLOCK_C == 0,
             FORMAT,
             ASSEMBLY,
+            False,
+            0,
             BLOCK_M,
             BLOCK_N,
             BLOCK_C,

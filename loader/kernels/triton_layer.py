@@ -142,6 +142,8 @@ class _Call:
     def __init__(self, experts: TritonExperts, x_TD: Tensor, ids: Tensor, router: Tensor, config: Config) -> None:
         self.experts, self.ids, self.router, self.config = experts, ids, router, config
         self.pairs, self.k, self.dtype = ids.numel(), ids.shape[1], x_TD.dtype
+        if experts.kind in PACKED and (config.gate_up.tokens_left or config.down.tokens_left):
+            raise ValueError(f"{experts.format} is unpacked into the left operand, so `tokens_left` must be false")
         native = is_nvidia(x_TD.device) if experts._assembly is None else experts._assembly
         # It computes in bf16, from scales that are bf16 or powers of two.
         self.assembly = native and x_TD.dtype == torch.bfloat16 and experts.kind in PACKED and experts.is_exact_in_bf16
@@ -231,6 +233,7 @@ class _Call:
             PAIRWISE=schedule is None,
             SPLITS=c.splits,
             GROUP=t.group,
+            TOKENS_LEFT=t.tokens_left,
             BIASED=e.bias13 is not None,
             **self._common(t),
             **e.activation,
@@ -256,6 +259,7 @@ class _Call:
             out,
             e.n_slots,
             GROUP=t.group,
+            TOKENS_LEFT=t.tokens_left,
             WALKS=t.programs > 0,
             BIASED=e.bias2 is not None,
             **self._common(t),

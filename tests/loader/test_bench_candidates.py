@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 
 import pytest
 from jsonschema import Draft202012Validator
 
-from loader.bench.candidates import candidates, tiles
+from loader.bench.candidates import candidates, some_tiles, tiles
 from loader.bench.problem import FORMATS, Model
 from loader.kernels.configs import HOPPER_SHARED_BYTES as SHARED_BYTES
-from loader.kernels.configs import Config, Shape, Tiles, default
+from loader.kernels.configs import PACKED, Config, Shape, Tiles, default
 from loader.kernels.tuned import SCHEMA, Measured, Table
 
 VALIDATOR = Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
@@ -73,6 +74,35 @@ def test_tiles_fit_a_table_and_the_device(format_name: str) -> None:
                         assert sums * rows * t.block_n * config.block_m // (32 * t.warps) <= 128
             changed = [replace(config, gate_up=t) for t in tiles(shape, config, "gate_up")]
             require_valid(shape, changed)
+
+
+@pytest.mark.parametrize("half", ["gate_up", "down"])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_of_large_blocks_the_tiles_that_move_the_fewest_bytes_are_among_those_tried(
+    format_name: str, half: str
+) -> None:
+    shape = Model.of("kimi-k2.5", format_name, 8).shape
+    config = replace(default(shape, 8192, 132), block_m=64)
+    found = tiles(shape, config, half)
+    some = some_tiles(shape, config, half, 8, random.Random(0))
+    assert len(set(some)) == 8
+    assert set(some) <= set(found)
+    widest = max(one.block_n for one in found)
+    assert [one.block_n for one in some[:4]] == [widest] * 4
+    assert len({one.block_n for one in some}) > 1
+    assert set(some_tiles(shape, config, half, 10**6, random.Random(0))) == set(found)
+
+
+def test_packed_formats_are_never_the_right_operand() -> None:
+    for format_name in FORMATS:
+        shape = Model.of("kimi-k2.5", format_name, 8).shape
+        tried = [
+            one
+            for config in candidates(shape, 8192, 132)
+            for half in ("gate_up", "down")
+            for one in (getattr(config, half), *tiles(shape, config, half))
+        ]
+        assert any(one.tokens_left for one in tried) is (format_name not in PACKED)
 
 
 def test_blocks_of_tokens_are_about_an_experts_share() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loader.activation import ExpertConfig
-from loader.kernels.configs import Config, Tiles
+from loader.kernels.configs import PACKED, Config, Tiles
 from loader.kernels.eager import eager
 from tests.loader.stacks import stack
 
@@ -33,9 +33,10 @@ def layer() -> Any:
     return triton_layer
 
 
-def small_tiles(format_name: str, *, walked: int = 0, **other: Any) -> Config:
+def small_tiles(format_name: str, *, walked: int = 0, left: bool = False, **other: Any) -> Config:
     step = 128 if format_name != "bf16" else 32
-    tiles = Tiles(block_n=16, block_c=step, warps=4, stages=2, programs=walked)
+    left = left and format_name not in PACKED
+    tiles = Tiles(block_n=16, block_c=step, warps=4, stages=2, programs=walked, tokens_left=left)
     return replace(Config(block_m=16, gate_up=tiles, down=tiles), **other)
 
 
@@ -51,6 +52,8 @@ CONFIGS = [
     {"block_m": 32},
     {"walked": 1},
     {"walked": 1, "block_m": 64},
+    {"left": True},
+    {"left": True, "walked": 1, "splits": 2},
 ]
 FORMATS = ["bf16", "fp16", "fp32", "fp8_block", "int4_g32", "mxfp4"]
 
@@ -118,8 +121,28 @@ def test_the_kernels_compute_what_the_reference_does(layer: Any, call: dict[str,
     assert relative(actual, expected) <= tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [{}, {"left": True}, {"left": True, "walked": 1}])
+def test_rows_of_several_blocks_have_their_own_scales(layer: Any, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Of gate and up, and of down, whose last block is no whole one."""
+    experts = stack("fp8_block", slots=3, hidden=272, width=208, seed=7)
+    call = {"seed": 7, "tokens": 19, "slots": 3, "top_k": 2, "hidden": 272, "routing": "random", "dropped": False}
+    x, weights, ids = routed(call)
+    actual = layer.TritonExperts(experts)(x.to(dtype), weights, ids, config=small_tiles("fp8_block", **config))
+    tolerance = TOLERANCES[dtype] if dtype == torch.float32 else FP8_TOLERANCE
+    assert relative(actual, eager(x.to(dtype).float(), weights, ids, experts)) <= tolerance
+
+
+def test_what_is_unpacked_is_the_left_operand(layer: Any) -> None:
+    experts = stack("mxfp4", slots=2, hidden=64, width=32)
+    config = small_tiles("mxfp4")
+    config = replace(config, down=replace(config.down, tokens_left=True))
+    with pytest.raises(ValueError, match="`tokens_left` must be false"):
+        layer.TritonExperts(experts)(torch.zeros(1, 64), torch.ones(1, 1), torch.zeros(1, 1).int(), config=config)
+
+
 @pytest.mark.parametrize("format_name", FORMATS)
-@pytest.mark.parametrize("tokens", [1, 4, 5, 48])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 48, 160])
 def test_the_configuration_by_counting_is_right_too(layer: Any, format_name: str, tokens: int) -> None:
     experts = stack(format_name, slots=9, hidden=192, width=96)
     call = {"seed": 1, "tokens": tokens, "slots": 9, "top_k": 4, "hidden": 192, "routing": "random", "dropped": False}
