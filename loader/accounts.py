@@ -30,6 +30,10 @@ class _Use(NamedTuple):
         return self.view is None and self.block is None
 
 
+_ONCE = [_Use(None, None)]
+"""All of a tensor, and no part of it again."""
+
+
 class Ledger:
     """Collects what was written and used, and says what is wrong with the sum."""
 
@@ -67,24 +71,20 @@ class Ledger:
 
     def faults(self) -> list[str]:
         """All that does not add up, sorted; empty when everything does."""
-        found = [f"{_slot(slot)} {problem}" for slot, rows in self._slots.items() for problem in self._rows(slot, rows)]
+        found = [
+            f"{_slot(slot)} {problem}"
+            for slot, rows in self._slots.items()
+            for problem in _problems_of_rows(self._written[slot], rows)
+        ]
         found += [f"{_slot(slot)} is in no layer" for slot in self._written.keys() - self._slots.keys()]
-        found += [f"`{key}` {problem}" for key, shape in self._tensors.items() for problem in self._uses(key, shape)]
+        found += [
+            f"`{key}` {problem}"
+            for key, shape in self._tensors.items()
+            if self._used[key] != _ONCE  # nearly all of them are, and there are many
+            for problem in self._uses(key, shape)
+        ]
         found += [f"`{key}` is not of these layers" for key in self._used.keys() - self._tensors.keys()]
         return sorted(found)
-
-    def _rows(self, slot: Slot, rows: int) -> Iterable[str]:
-        position = 0
-        for (first, last), key in sorted(self._written[slot]):
-            if first < position:
-                yield f"row {first} is written twice, the second time from `{key}`"
-            elif first > position:
-                yield f"rows {position}:{first} are never written"
-            position = max(position, last)
-        if position < rows:
-            yield f"rows {position}:{rows} are never written"
-        elif position > rows:
-            yield f"has {rows} rows, row {position - 1} was written"
 
     def _uses(self, key: str, shape: tuple[int, ...]) -> Iterable[str]:
         uses = self._used[key]
@@ -95,6 +95,21 @@ class Ledger:
                 yield f"is used {len(uses)} times"
         else:
             yield from _tiling(uses, shape, self._whole)
+
+
+def _problems_of_rows(written: Sequence[tuple[Span, str]], rows: int) -> list[str]:
+    found, position = [], 0
+    for (first, last), key in sorted(written):
+        if first < position:
+            found.append(f"row {first} is written twice, the second time from `{key}`")
+        elif first > position:
+            found.append(f"rows {position}:{first} are never written")
+        position = max(position, last)
+    if position < rows:
+        found.append(f"rows {position}:{rows} are never written")
+    elif position > rows:
+        found.append(f"has {rows} rows, row {position - 1} was written")
+    return found
 
 
 def _tiling(uses: Sequence[_Use], shape: tuple[int, ...], whole: bool) -> Iterable[str]:

@@ -15,7 +15,7 @@ from loader.checkpoint import DTYPES, dtype_name
 from loader.errors import BuildError
 from loader.formats.base import Span
 from loader.plan import LayerPlan, Placement
-from loader.transfer import Transfer
+from loader.transfer import Cut, Transfer
 
 MAX_SHOWN = 20
 
@@ -45,7 +45,7 @@ class Filling:
         self._problems: list[str] = []
         self._fitting: list[Placement] = []
         self._places: dict[tuple[str, Span], _Place] = {}
-        self._blocks: dict[object, Tensor] = {}
+        self._blocks: dict[object, Cut] = {}
         self._found = torch.zeros((len(plan.notes), 2), dtype=torch.int64)
         keys = [*(placement.key for placement in plan.placements), *(note.key for note in plan.notes), *plan.unused]
         owed = {key: index.tensors[key].shape for key in keys if key in index.tensors}
@@ -53,7 +53,7 @@ class Filling:
             owed |= {name: index.tensors[name].shape for name in _below(plan.name, names or sorted(index.tensors))}
         self._ledger = Ledger(slots, owed, whole=plan.held is None)
         transfers = [self._transfer(placement) for placement in plan.placements]
-        two, found = torch.empty(2, dtype=torch.int64, device="meta"), self._found.view(torch.uint8).unbind()
+        two, found = Cut(torch.empty(2, dtype=torch.int64, device="meta")), self._found.view(torch.uint8).unbind()
         transfers += [Transfer(self._info(n.key), two, f) for n, f in zip(plan.notes, found, strict=True)]
         # Where something does not fit the load fails, so that there is nothing to be read for.
         self.transfers = [] if self._problems else [transfer for transfer in transfers if transfer]
@@ -82,9 +82,9 @@ class Filling:
         dtype = DTYPES.get(info.dtype)
         block = None if dtype is None else self._block(placement, info.shape, dtype, len(place.shape))
         # A copy would broadcast in silence, and bytes would be taken for anything.
-        if block is None or block.shape != place.shape or dtype != place.dtype:
-            theirs = f"{list(info.shape)} {info.dtype}" if block is None else _words(block.shape, block.dtype)
-            ours = _words(place.shape, place.dtype)
+        if block is None or block.source.shape != place.shape or dtype != place.dtype:
+            theirs = f"{list(info.shape)} {info.dtype}" if block is None else _words(block.source)
+            ours = f"{list(place.shape)} {dtype_name(place.dtype)}"
             self._problems.append(f"`{placement.key}` is {theirs}, its place in {placement.param} {ours}")
             return None
         self._fitting.append(placement)
@@ -93,20 +93,23 @@ class Filling:
     def _place(self, placement: Placement) -> _Place:
         """Worked out for all slots at once: a call into torch for each would wait for the threads that read."""
         alike = (placement.param, placement.rows)
-        if alike not in self._places:
+        place = self._places.get(alike)
+        if place is None:
             whole = self._parameter(placement.param).detach()
             stack = whole[None] if placement.expert is None else whole
             rows = stack[:, placement.rows[0] : placement.rows[1]]
             slots = rows.view(len(rows), -1).view(torch.uint8).unbind()
-            self._places[alike] = _Place(rows.shape[1:], rows.dtype, slots)
-        return self._places[alike]
+            place = self._places[alike] = _Place(rows.shape[1:], rows.dtype, slots)
+        return place
 
-    def _block(self, placement: Placement, shape: tuple[int, ...], dtype: torch.dtype, axes: int) -> Tensor:
+    def _block(self, placement: Placement, shape: tuple[int, ...], dtype: torch.dtype, axes: int) -> Cut:
         """On the meta device: what is cut out is known by shape, strides and offset before a byte is read."""
         alike = (placement.view, placement.source, shape, dtype, axes)
-        if alike not in self._blocks:
-            self._blocks[alike] = placement.cut(torch.empty(shape, dtype=dtype, device="meta"), axes)
-        return self._blocks[alike]
+        block = self._blocks.get(alike)
+        if block is None:
+            whole = torch.empty(shape, dtype=dtype, device="meta")
+            block = self._blocks[alike] = Cut(placement.cut(whole, axes))
+        return block
 
     def _info(self, key: str) -> TensorInfo:
         try:
@@ -120,5 +123,5 @@ def _below(prefix: str, names: Sequence[str]) -> Sequence[str]:
     return names[bisect_left(names, f"{prefix}.") : bisect_left(names, f"{prefix}/")]
 
 
-def _words(shape: torch.Size, dtype: torch.dtype) -> str:
-    return f"{list(shape)} {dtype_name(dtype)}"
+def _words(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {dtype_name(tensor.dtype)}"

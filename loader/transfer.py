@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from operator import attrgetter
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -36,16 +35,29 @@ MOST_CUTS = 16
 MOST_THREADS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Cut:
+    """Which numbers of a tensor are wanted; worked out once for all tensors of which the same is."""
+
+    __slots__ = ("nbytes", "offset", "source", "whole")
+
+    def __init__(self, source: Tensor) -> None:
+        """`source`, on the meta device, is a view of a tensor's data: shape, strides and offset say which numbers."""
+        self.source = source
+        self.nbytes = source.numel() * source.element_size()
+        self.offset = int(source.storage_offset()) * source.element_size()
+        """Bytes of the tensor before the first number."""
+        self.whole = source.is_contiguous()
+        """Whether nothing lies between them."""
+
+
+class Transfer(NamedTuple):
     """What of a tensor goes where; dtype and shape were compared before this was made."""
 
     info: TensorInfo
     """Where the bytes are in the file."""
-    source: Tensor
-    """On the meta device, a view of the tensor's data: shape, strides and offset say which numbers."""
+    cut: Cut
     into: Tensor
-    """On the device, as bytes: as many as `source` has."""
+    """On the device, as bytes: as many as `cut` has."""
 
 
 @dataclass(slots=True)
@@ -64,22 +76,6 @@ class Piece:
     """What takes the bytes, in this order."""
     source: Tensor | None = None
     """Numbers with others between them; None: all bytes are wanted."""
-
-    def is_followed_by(self, other: Piece) -> bool:
-        """Whether both can be read as one."""
-        return (
-            self.start + self.nbytes == other.start
-            and self.nbytes + other.nbytes <= PIECE_BYTES
-            and self.shard == other.shard
-            and self.source is other.source is None
-        )
-
-    def append(self, other: Piece) -> None:
-        """Read the other one too."""
-        self.nbytes += other.nbytes
-        self.infos += other.infos
-        self.into += other.into
-        self.sizes += other.sizes
 
 
 def default_threads(*, staged: bool = False) -> int:
@@ -156,37 +152,52 @@ class Transfers:
 def pieces(transfers: Iterable[Transfer]) -> Sequence[Piece]:
     """All that is to be read, in the order of the files, so that each shard is read once, from front to back."""
     found: list[Piece] = []
-    parts = (part for transfer in transfers for part in _split(transfer))
-    for part in sorted(parts, key=attrgetter("shard", "start")):
-        if found and found[-1].is_followed_by(part):
-            found[-1].append(part)
+    shard, end, room = "", 0, 0
+    for part in sorted((part for transfer in transfers for part in _split(transfer)), key=_in_order):
+        if part.start == end and part.nbytes <= room and part.source is None and part.info.shard == shard:
+            last = found[-1]
+            last.nbytes += part.nbytes
+            last.sizes.append(part.nbytes)
+            last.infos.append(part.info)
+            last.into.append(part.into)
         else:
-            found.append(part)
+            shard, room = part.info.shard, PIECE_BYTES
+            found.append(Piece(shard, part.start, part.nbytes, [part.nbytes], [part.info], [part.into], part.source))
+        end, room = part.start + part.nbytes, room - part.nbytes if part.source is None else 0
     return found
 
 
-def _split(transfer: Transfer) -> Iterator[Piece]:
+class _Part(NamedTuple):
+    """What fits a piece, of one transfer; see `Piece`."""
+
+    start: int
+    nbytes: int
+    info: TensorInfo
+    into: Tensor
+    source: Tensor | None
+
+
+def _in_order(part: _Part) -> tuple[str, int]:
+    return part.info.shard, part.start
+
+
+def _split(transfer: Transfer) -> Iterable[_Part]:
     """What fits a piece: so many bytes, or rows, or all of it where rows run across each other; nothing of nothing."""
-    info, source, into = transfer.info, transfer.source, transfer.into
-    start, nbytes, whole = _start(info, source), into.nbytes, source.is_contiguous()
+    info, cut, into = transfer
+    start, nbytes, whole, source = info.start + cut.offset, cut.nbytes, cut.whole, cut.source
     if nbytes <= PIECE_BYTES or not (whole or _is_by_rows(source)):
-        if nbytes:
-            yield Piece(info.shard, start, nbytes, [nbytes], [info], [into], None if whole else source)
-        return
+        return (_Part(start, nbytes, info, into, None if whole else source),) if nbytes else ()
     row_bytes = 1 if whole else nbytes // len(source)
     step = max(1, PIECE_BYTES // row_bytes) * row_bytes
     sizes = [min(step, nbytes - first) for first in range(0, nbytes, step)]
+    found = []
     for first, size, part in zip(range(0, nbytes, step), sizes, into.split_with_sizes(sizes), strict=True):
         if whole:
-            yield Piece(info.shard, start + first, size, [size], [info], [part])
+            found.append(_Part(start + first, size, info, part, None))
         else:
-            rows = source[first // row_bytes : (first + size) // row_bytes]
-            yield Piece(info.shard, _start(info, rows), size, [size], [info], [part], rows)
-
-
-def _start(info: TensorInfo, source: Tensor) -> int:
-    """Where the first number of `source` is in the file."""
-    return info.start + int(source.storage_offset()) * source.element_size()
+            rows = Cut(source[first // row_bytes : (first + size) // row_bytes])
+            found.append(_Part(info.start + rows.offset, size, info, part, rows.source))
+    return found
 
 
 class _Lane:

@@ -21,13 +21,13 @@ import loader.transfer
 from gatekeeper import CheckpointError, TensorInfo, read_index
 from loader.checkpoint import DTYPES, Checkpoint
 from loader.shards import write_shards
-from loader.transfer import Transfer, Transfers, pieces
+from loader.transfer import Cut, Transfer, Transfers, pieces
 
 CPU = torch.device("cpu")
 MATRIX = torch.arange(37 * 24, dtype=torch.int32).reshape(37, 24)
 TENSORS = {"matrix": MATRIX, "line": torch.arange(5.0), "one": torch.tensor(7.0), "nothing": torch.zeros(0, 4)}
-Cut = Callable[[Tensor], Tensor]
-CUTS: dict[str, Cut] = {
+Chooser = Callable[[Tensor], Tensor]
+CUTS: dict[str, Chooser] = {
     "all": lambda matrix: matrix,
     "rows": lambda matrix: matrix[3:20],
     "columns": lambda matrix: matrix[:, 8:11],
@@ -48,7 +48,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     return Checkpoint(index)
 
 
-def view(name: str, cut: Cut = CUTS["all"]) -> Tensor:
+def view(name: str, cut: Chooser = CUTS["all"]) -> Tensor:
     """What `cut` makes of a tensor, where nothing is in it."""
     return cut(torch.empty(TENSORS[name].shape, dtype=TENSORS[name].dtype, device="meta"))
 
@@ -60,10 +60,10 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 def to(info: TensorInfo, source: Tensor, into: Tensor) -> Transfer:
     """What `source` shows goes into a tensor like it."""
-    return Transfer(info, source, as_bytes(into))
+    return Transfer(info, Cut(source), as_bytes(into))
 
 
-def moved(checkpoint: Checkpoint, name: str, cut: Cut, *, staged: bool) -> Tensor:
+def moved(checkpoint: Checkpoint, name: str, cut: Chooser, *, staged: bool) -> Tensor:
     source = view(name, cut)
     into = torch.full(source.shape, -1, dtype=source.dtype)
     with checkpoint, Transfers(checkpoint, CPU, threads=2, staged=staged) as transfers:
@@ -157,7 +157,7 @@ def neighbours(tmp_path: Path) -> Checkpoint:
 
 
 @st.composite
-def wishes(draw: st.DrawFn) -> list[tuple[str, Cut]]:
+def wishes(draw: st.DrawFn) -> list[tuple[str, Chooser]]:
     """Some of the tensors in any order, some of them twice, most of them whole: what is not named is a gap."""
     cuts = st.sampled_from(
         [*[CUTS["all"]] * 4, *(CUTS[n] for n in ("every other row", "transposed")), lambda t: t[:, 1:]]
@@ -174,7 +174,7 @@ def wishes(draw: st.DrawFn) -> list[tuple[str, Cut]]:
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_is_wanted_arrives_as_if_it_were_fetched(
-    neighbours: Checkpoint, wanted: list[tuple[str, Cut]], piece: int, scratch: int, staged: bool, threads: int
+    neighbours: Checkpoint, wanted: list[tuple[str, Chooser]], piece: int, scratch: int, staged: bool, threads: int
 ) -> None:
     transfers, expected = [], []
     for name, cut in wanted:
@@ -296,7 +296,7 @@ def test_neighbours_of_which_some_stay_on_the_cpu(neighbours: Checkpoint) -> Non
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     wanted = [
-        Transfer(each.info, each.source, each.into if i % 3 == 0 else each.into.cuda())
+        Transfer(each.info, each.cut, each.into if i % 3 == 0 else each.into.cuda())
         for i, each in enumerate(whole(neighbours, *(f"t{i:02d}" for i in range(60))))
     ]
     with neighbours, Transfers(neighbours, torch.device("cuda"), threads=3) as transfers:
