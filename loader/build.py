@@ -67,8 +67,9 @@ class _Skeleton:
         return slots
 
 
-Check = Callable[[MoELayer, LayerPlan, Checkpoint], None]
-"""Called with each layer once it is filled, from a thread of its own; what it raises ends the load."""
+Check = Callable[[MoELayer, LayerPlan, Checkpoint], Callable[[], None]]
+"""Called with each layer once it has its memory, to read what must come to be in it; what that returns is called once
+it is filled. Both from a thread of their own; what either raises ends the load."""
 
 
 def build(
@@ -85,7 +86,7 @@ def build(
 
     `threads` (None: `default_threads`) read straight into the layers' memory, so that the peak is the layers and
     a few MiB a thread; `tables` is the folder of measured configurations (None: the shipped ones); `moved` is told the
-    bytes that have arrived, from those threads; `check` looks at each layer while the next one is read. Raises
+    bytes that have arrived, from those threads; `check` looks at each layer while it and the next one are read. Raises
     `BuildError` (everything that does not add up), `CheckpointError` (a file that can't be read), `TableError` or what
     `check` raises; after any of them, no memory is left allocated.
     """
@@ -133,10 +134,18 @@ class _Checks:
 
     def __init__(self, pool: ThreadPoolExecutor, check: Check, checkpoint: Checkpoint) -> None:
         self._pool, self._check, self._checkpoint = pool, check, checkpoint
+        self._expected: dict[int, Future[Callable[[], None]]] = {}
         self._started: list[Future[None]] = []
 
+    def expect(self, skeleton: _Skeleton) -> None:
+        """Before a layer is filled."""
+        plan = skeleton.plan
+        self._expected[plan.index] = self._pool.submit(self._check, skeleton.layer, plan, self._checkpoint)
+
     def start(self, skeleton: _Skeleton) -> None:
-        self._started.append(self._pool.submit(self._check, skeleton.layer, skeleton.plan, self._checkpoint))
+        """Once it is."""
+        expected = self._expected.pop(skeleton.plan.index)  # one thread does all of it in order: it is there by then
+        self._started.append(self._pool.submit(lambda: expected.result()()))
         self.collect([future for future in self._started if future.done()])
 
     def collect(self, futures: Sequence[Future[None]] | None = None) -> None:
@@ -167,6 +176,8 @@ def _fill_all(
         _allocate(skeleton, device)
         filling = Filling(skeleton.plan, skeleton.slots(), checkpoint.index, skeleton.parameter, names)
         under_way.append((skeleton, filling, transfers.start(filling.transfers, moved)))
+        if checks:
+            checks.expect(skeleton)
         if len(under_way) > 1:
             finish_first()
     while under_way:

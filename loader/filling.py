@@ -15,7 +15,7 @@ from loader.checkpoint import DTYPES, dtype_name
 from loader.errors import BuildError
 from loader.formats.base import Span
 from loader.plan import LayerPlan, Placement
-from loader.transfer import Cut, Transfer
+from loader.transfer import Extent, Transfer
 
 MAX_SHOWN = 20
 
@@ -45,7 +45,7 @@ class Filling:
         self._problems: list[str] = []
         self._fitting: list[Placement] = []
         self._places: dict[tuple[str, Span], _Place] = {}
-        self._blocks: dict[object, Cut] = {}
+        self._blocks: dict[object, Extent] = {}
         self._found = torch.zeros((len(plan.notes), 2), dtype=torch.int64)
         keys = [*(placement.key for placement in plan.placements), *(note.key for note in plan.notes), *plan.unused]
         owed = {key: index.tensors[key].shape for key in keys if key in index.tensors}
@@ -53,7 +53,7 @@ class Filling:
             owed |= {name: index.tensors[name].shape for name in _below(plan.name, names or sorted(index.tensors))}
         self._ledger = Ledger(slots, owed, whole=plan.held is None)
         transfers = [self._transfer(placement) for placement in plan.placements]
-        two, found = Cut(torch.empty(2, dtype=torch.int64, device="meta")), self._found.view(torch.uint8).unbind()
+        two, found = Extent(torch.empty(2, dtype=torch.int64, device="meta")), self._found.view(torch.uint8).unbind()
         transfers += [Transfer(self._info(n.key), two, f) for n, f in zip(plan.notes, found, strict=True)]
         # Where something does not fit the load fails, so that there is nothing to be read for.
         self.transfers = [] if self._problems else [transfer for transfer in transfers if transfer]
@@ -102,13 +102,13 @@ class Filling:
             place = self._places[alike] = _Place(rows.shape[1:], rows.dtype, slots)
         return place
 
-    def _block(self, placement: Placement, shape: tuple[int, ...], dtype: torch.dtype, axes: int) -> Cut:
+    def _block(self, placement: Placement, shape: tuple[int, ...], dtype: torch.dtype, axes: int) -> Extent:
         """On the meta device: what is cut out is known by shape, strides and offset before a byte is read."""
         alike = (placement.view, placement.source, shape, dtype, axes)
         block = self._blocks.get(alike)
         if block is None:
             whole = torch.empty(shape, dtype=dtype, device="meta")
-            block = self._blocks[alike] = Cut(placement.cut(whole, axes))
+            block = self._blocks[alike] = Extent(placement.cut(whole, axes))
         return block
 
     def _info(self, key: str) -> TensorInfo:

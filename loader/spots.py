@@ -1,10 +1,14 @@
-"""One row of every tensor, byte by byte against the slot that must hold it; slots and rows are counted here anew."""
+"""One row of every tensor, byte by byte against the slot that must hold it; slots and rows are counted here anew.
+
+What must be there is read before the layer is filled, so that little is left to do after.
+"""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,34 +26,71 @@ BIAS = "bias"
 """What stands for an expert's bias among them; no part is called that."""
 
 
-def compare_rows(
-    layer: MoELayer, plan: LayerPlan, rank: Rank | None, tensors: MoeTensors, reader: Reader, seed: int
-) -> int:
-    """Compare a random row of each part of each projection of each slot; the number of rows.
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """One row, or column, of all slots of a projection."""
 
-    Of tensors that are saved transposed it is a column of the slot, which is a row of the file. Raises
-    `VerificationError` at the first that differs, naming slot, row and tensor.
+    held: Tensor
+    """``(S, N)`` of the layer, a view."""
+    expected: Tensor
+    """``(S, bytes)`` of the checkpoint."""
+    where: str
+    """``row 17 of gate``"""
+    name: str
+    """``w13_weight``"""
+    infos: Sequence[TensorInfo]
+    """Whose rows they are, by slot."""
+
+    def differing(self) -> int | None:
+        """The first slot that holds something else; one copy from the device and one comparison for all of them."""
+        found = _bytes(self.held)
+        if torch.equal(found, self.expected):
+            return None
+        return int((found != self.expected).any(1).nonzero()[0])
+
+
+def spots_of(
+    layer: MoELayer, plan: LayerPlan, rank: Rank | None, tensors: MoeTensors, reader: Reader, seed: int
+) -> list[Spot]:
+    """A random row of each part of each projection of each slot of a layer that need not be filled yet.
+
+    Of tensors that are saved transposed it is a column of the slot, which is a row of the file.
     """
     slices, place = (rank.moe_tp_size, rank.moe_tp_rank) if rank else (1, 0)
     first, last = plan.held or (0, plan.n_routed)
     mlps: list[tuple[Mlp, int, int]] = [(_all_of(tensors, expert), place, slices) for expert in range(first, last)]
     if plan.shared == "slot" and tensors.shared:
         mlps += [(tensors.shared, slot * slices + place, plan.n_shared * slices) for slot in range(plan.n_shared)]
-    spots = _Spots(layer, reader, random.Random(seed))
-    rows = spots.compare(layer.experts, mlps)
+    draw = _Draw(reader, random.Random(seed))
+    spots = list(draw.spots(layer.experts, mlps))
     if plan.shared == "separate" and tensors.shared and layer.shared is not None:
         slices, place = (rank.tp_size, rank.index) if rank else (1, 0)
-        rows += spots.compare(layer.shared.experts, [(tensors.shared, place, slices)])
-    return rows
+        spots += draw.spots(layer.shared.experts, [(tensors.shared, place, slices)])
+    return spots
 
 
-class _Spots:
-    def __init__(self, layer: MoELayer, reader: Reader, draw: random.Random) -> None:
-        self._layer, self._reader, self._draw = layer, reader, draw
+def compare_rows(layer: MoELayer, spots: Sequence[Spot]) -> int:
+    """The number of rows, once the layer is filled; raises `VerificationError` at the first that differs, naming slot,
+    row and tensor."""
+    for spot in spots:
+        slot = spot.differing()
+        if slot is not None:
+            raise VerificationError(
+                f"layer {layer.index} (`{layer.name}`): slot {slot} of {spot.name} does not hold "
+                f"`{spot.infos[slot].name}`: {spot.where} differs; the layer was loaded wrongly",
+                layer=layer.index,
+                figure=math.nan,
+                tolerance=0.0,
+            )
+    return sum(len(spot.infos) for spot in spots)
 
-    def compare(self, experts: Experts, mlps: list[tuple[Mlp, int, int]]) -> int:
+
+class _Draw:
+    def __init__(self, reader: Reader, draw: random.Random) -> None:
+        self._reader, self._draw = reader, draw
+
+    def spots(self, experts: Experts, mlps: list[tuple[Mlp, int, int]]) -> Iterator[Spot]:
         """Slot i of `experts` must hold slice `place` of `slices` of MLP i."""
-        count = 0
         parts = {part.name: part for part in experts.layout.parts}
         for name, parameter in experts.named_parameters():
             part = parts.get(name.partition("_")[2])
@@ -63,33 +104,15 @@ class _Spots:
                     self._slice(info, part, projection, place, slices, held_SRC.shape[1:])
                     for info, (_, place, slices) in zip(infos, mlps, strict=True)
                 ]
-                slot, line = self._differing(held_SRC, wanted)
-                if slot is not None:
-                    raise VerificationError(
-                        f"layer {self._layer.index} (`{self._layer.name}`): slot {slot} of {name} does not hold "
-                        f"`{infos[slot].name}`: {line} of {projection} differs; the layer was loaded wrongly",
-                        layer=self._layer.index,
-                        figure=math.nan,
-                        tolerance=0.0,
-                    )
-                count += len(wanted)
-        return count
-
-    def _differing(self, held_SRC: Tensor, wanted: Sequence[Matrix]) -> tuple[int | None, str]:
-        """The first slot whose numbers differ in one row, or column, of them all; and which that is."""
-        _, height, width = held_SRC.shape
-        if wanted[0].is_by_rows:
-            line = self._draw.randrange(height)
-            found, rows, columns = held_SRC[:, line], (line, line + 1), (0, width)
-        else:
-            line = self._draw.randrange(width)
-            found, rows, columns = held_SRC[..., line], (0, height), (line, line + 1)
-        # One copy from the device and one comparison for all slots.
-        found, expected = _bytes(found), _bytes(self._reader.read([each.cut(rows, columns) for each in wanted]))
-        if torch.equal(found, expected):
-            return None, ""
-        slot = int((found != expected).any(1).nonzero()[0])
-        return slot, f"{'row' if wanted[0].is_by_rows else 'column'} {line}"
+                _, height, width = held_SRC.shape
+                if wanted[0].is_by_rows:
+                    line, kind = self._draw.randrange(height), "row"
+                    held, rows, columns = held_SRC[:, line], (line, line + 1), (0, width)
+                else:
+                    line, kind = self._draw.randrange(width), "column"
+                    held, rows, columns = held_SRC[..., line], (0, height), (line, line + 1)
+                expected = _bytes(self._reader.read([each.cut(rows, columns) for each in wanted]))
+                yield Spot(held, expected, f"{kind} {line} of {projection}", name, infos)
 
     def _slice(
         self, info: TensorInfo, part: Part | None, projection: str, place: int, slices: int, shape: Sequence[int]

@@ -35,7 +35,7 @@ MOST_CUTS = 16
 MOST_THREADS = 16
 
 
-class Cut:
+class Extent:
     """Which numbers of a tensor are wanted; worked out once for all tensors of which the same is."""
 
     __slots__ = ("nbytes", "offset", "source", "whole")
@@ -55,7 +55,7 @@ class Transfer(NamedTuple):
 
     info: TensorInfo
     """Where the bytes are in the file."""
-    cut: Cut
+    cut: Extent
     into: Tensor
     """On the device, as bytes: as many as `cut` has."""
 
@@ -195,7 +195,7 @@ def _split(transfer: Transfer) -> Iterable[_Part]:
         if whole:
             found.append(_Part(start + first, size, info, part, None))
         else:
-            rows = Cut(source[first // row_bytes : (first + size) // row_bytes])
+            rows = Extent(source[first // row_bytes : (first + size) // row_bytes])
             found.append(_Part(info.start + rows.offset, size, info, part, rows.source))
     return found
 

@@ -19,8 +19,9 @@ what the ledger guarantees; the bytes themselves are the file system's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from loader.narrow import Strips
 from loader.plan import LayerPlan, Plan
 from loader.raw import Reader
 from loader.reference import Reference
-from loader.spots import compare_rows
+from loader.spots import Spot, compare_rows, spots_of
 
 ROUTED_TOKENS = 16
 """Tokens that go through the router."""
@@ -87,7 +88,7 @@ def verify(
     verifier = Verifier(plan, tensors, tokens=tokens, seed=seed, dtype=dtype)
     with Checkpoint(index) as checkpoint:
         for layer, layer_plan in zip(layers, plan.layers, strict=True):
-            verifier(layer, layer_plan, checkpoint)
+            verifier(layer, layer_plan, checkpoint)()
     return verifier.verified
 
 
@@ -118,17 +119,16 @@ class Verifier:
         return tuple(self._found)
 
     @torch.no_grad()
-    def __call__(self, layer: MoELayer, plan: LayerPlan, checkpoint: Checkpoint) -> None:
-        """Compare one layer with the checkpoint."""
-        tensors, reader = self._tensors[layer.name], Reader(checkpoint)
-        device = next(layer.parameters()).device
-        dtype = self._dtype or sharpest(plan.backend, device)
+    def __call__(self, layer: MoELayer, plan: LayerPlan, checkpoint: Checkpoint) -> Callable[[], None]:
+        """Work out from the checkpoint what a layer must hold and compute; what is returned compares it once filled."""
+        tensors, reader, seed = self._tensors[layer.name], Reader(checkpoint), self._seed + layer.index
+        dtype = self._dtype or sharpest(plan.backend, next(layer.parameters()).device)
         names = [plan.format] + ([plan.shared_format] if plan.shared_format else [])
         widest = max(plan.hidden_size, plan.width, plan.shared_width)
         allowed = tolerance(names, dtype, widest, self._plan.experts)
         count = max(ROUTED_TOKENS, self._tokens)
-        x_TD = random_tokens(count, plan.hidden_size, self._seed + layer.index).to(dtype)
-        strips = Strips(plan, self._plan.rank, self._seed + layer.index)
+        x_TD = random_tokens(count, plan.hidden_size, seed).to(dtype)
+        strips = Strips(plan, self._plan.rank, seed)
         reference = Reference(reader, tensors, self._plan, strips)
         choices, clear_T = reference.choices(x_TD)
         if not clear_T.any():
@@ -141,38 +141,64 @@ class Verifier:
             )
         x_TD = x_TD[clear_T]
         choices = [choice for choice, clear in zip(choices, clear_T.tolist(), strict=True) if clear]
-        expected_TS = reference.weights(x_TD, choices)
-        there_TD = x_TD.to(device)
-        weights_TK, ids_TK = layer.router(there_TD)
-        actual_TS = torch.zeros(expected_TS.shape, dtype=torch.float64)
-        actual_TS.scatter_add_(1, ids_TK.cpu(), weights_TK.cpu().double())
-        figure = relative_error(actual_TS, expected_TS)
         some = slice(self._tokens)  # which go through experts too
-        x_TD, there_TD, choices = x_TD[some], there_TD[some], choices[some]
-        narrow, touched = strips.narrowed(layer, there_TD, weights_TK[some], ids_TK[some])
-        actual_TD = narrow(there_TD[:, slice(*strips.hidden)]).cpu().double()
-        figure = worse(figure, relative_error(actual_TD, reference.output(x_TD, choices)))
+        expected = _Expected(
+            x_TD=x_TD,
+            weights_TS=reference.weights(x_TD, choices),
+            output_TD=reference.output(x_TD[some], choices[some]),
+            spots=spots_of(layer, plan, self._plan.rank, tensors, reader, seed),
+            strips=strips,
+            allowed=allowed,
+        )
+        return partial(self._compare, layer, plan, expected)
+
+    @torch.no_grad()
+    def _compare(self, layer: MoELayer, plan: LayerPlan, expected: _Expected) -> None:
+        there_TD = expected.x_TD.to(next(layer.parameters()).device)
+        weights_TK, ids_TK = layer.router(there_TD)
+        actual_TS = torch.zeros(expected.weights_TS.shape, dtype=torch.float64)
+        actual_TS.scatter_add_(1, ids_TK.cpu(), weights_TK.cpu().double())
+        figure = relative_error(actual_TS, expected.weights_TS)
+        some, strips, allowed = slice(self._tokens), expected.strips, expected.allowed
+        narrow, touched = strips.narrowed(layer, there_TD[some], weights_TK[some], ids_TK[some])
+        actual_TD = narrow(there_TD[some, slice(*strips.hidden)]).cpu().double()
+        figure = worse(figure, relative_error(actual_TD, expected.output_TD))
         if not figure <= allowed:  # also where it is NaN
             raise VerificationError(
                 f"layer {layer.index} (`{layer.name}`) is off by {figure:.3g} of its largest output, allowed are "
-                f"{allowed:.3g} in {dtype_name(dtype)}; the layer was loaded wrongly or its backend "
+                f"{allowed:.3g} in {dtype_name(there_TD.dtype)}; the layer was loaded wrongly or its backend "
                 f"`{plan.backend}` is at fault: try --set server.moe_runner_backend=eager",
                 layer=layer.index,
                 figure=figure,
                 tolerance=allowed,
             )
-        rows = compare_rows(layer, plan, self._plan.rank, tensors, reader, self._seed + layer.index)
+        rows = compare_rows(layer, expected.spots)
         self._found.append(
             Verified(
                 index=layer.index,
                 name=layer.name,
                 figure=figure,
                 tolerance=allowed,
-                tokens=len(x_TD),
+                tokens=len(actual_TD),
                 experts=touched,
                 rows=rows,
             )
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Expected:
+    """What the checkpoint says of a layer."""
+
+    x_TD: Tensor
+    """Tokens that the router sees; the first ones go through experts too."""
+    weights_TS: Tensor
+    """The router's, by slot."""
+    output_TD: Tensor
+    """Of the strips."""
+    spots: Sequence[Spot]
+    strips: Strips
+    allowed: float
 
 
 def sharpest(backend: str, device: torch.device) -> torch.dtype:

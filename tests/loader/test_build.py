@@ -191,22 +191,36 @@ def test_a_file_cut_short_while_loading(copied: Callable[..., Path], monkeypatch
     assert last.name in str(caught.value)
 
 
-def test_a_check_looks_at_each_layer_once_it_is_filled_and_its_error_ends_the_load(made: Callable[..., Path]) -> None:
+def test_a_check_expects_first_and_looks_once_a_layer_is_filled_and_its_error_ends_the_load(
+    made: Callable[..., Path],
+) -> None:
     plan, index = planned(made(**SMALL))
     seen = []
 
-    def look(layer: MoELayer, planned: LayerPlan, checkpoint: Checkpoint) -> None:
-        assert checkpoint.index is index and layer(torch.ones(1, 64)).isfinite().all()
-        seen.append((layer.index, planned.index))
+    def look(layer: MoELayer, planned: LayerPlan, checkpoint: Checkpoint) -> Callable[[], None]:
+        assert checkpoint.index is index and not any(parameter.is_meta for parameter in layer.parameters())
+        seen.append(("expects", layer.index, planned.index))
+
+        def compare() -> None:
+            assert layer(torch.ones(1, 64)).isfinite().all()
+            seen.append(("compares", layer.index, planned.index))
+
+        return compare
 
     build(plan, index, check=look)
-    assert seen == [(1, 1), (2, 2)]
+    assert sorted(seen) == [(word, n, n) for word in ("compares", "expects") for n in (1, 2)]
+    for n in (1, 2):
+        assert seen.index(("expects", n, n)) < seen.index(("compares", n, n))
 
-    def refuse(layer: MoELayer, planned: LayerPlan, checkpoint: Checkpoint) -> None:
+    def refuse(layer: MoELayer, planned: LayerPlan, checkpoint: Checkpoint) -> Callable[[], None]:
         raise ValueError(layer.index)
 
-    with pytest.raises(ValueError, match="1"):
-        build(plan, index, check=refuse)
+    def refuse_later(layer: MoELayer, planned: LayerPlan, checkpoint: Checkpoint) -> Callable[[], None]:
+        return lambda: refuse(layer, planned, checkpoint)()
+
+    for check in (refuse, refuse_later):
+        with pytest.raises(ValueError, match="1"):
+            build(plan, index, check=check)
 
 
 def test_every_byte_is_counted(made: Callable[..., Path]) -> None:

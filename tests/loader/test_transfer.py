@@ -21,7 +21,7 @@ import loader.transfer
 from gatekeeper import CheckpointError, TensorInfo, read_index
 from loader.checkpoint import DTYPES, Checkpoint
 from loader.shards import write_shards
-from loader.transfer import Cut, Transfer, Transfers, pieces
+from loader.transfer import Extent, Transfer, Transfers, pieces
 
 CPU = torch.device("cpu")
 MATRIX = torch.arange(37 * 24, dtype=torch.int32).reshape(37, 24)
@@ -60,7 +60,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 def to(info: TensorInfo, source: Tensor, into: Tensor) -> Transfer:
     """What `source` shows goes into a tensor like it."""
-    return Transfer(info, Cut(source), as_bytes(into))
+    return Transfer(info, Extent(source), as_bytes(into))
 
 
 def moved(checkpoint: Checkpoint, name: str, cut: Chooser, *, staged: bool) -> Tensor:

@@ -27,7 +27,7 @@ from loader.checkpoint import Checkpoint
 from loader.planner import runner_layers
 from loader.rank import plan_of_rank
 from loader.raw import Reader
-from loader.spots import compare_rows
+from loader.spots import compare_rows, spots_of
 from loader.verify import relative_error, tolerance
 from tests.loader.fakes import shipped
 from tests.loader.test_build import planned
@@ -195,14 +195,14 @@ def test_a_slot_that_no_token_chose_is_found_by_its_row(wide: tuple[Path, Plan, 
     with torch.no_grad():
         for slot in range(17):
             before = spoiled[0].experts.w2_weight[slot].clone()
+            with Checkpoint(index) as checkpoint:
+                tensors = runner_layers(index, family, facts)[0]
+                spots = spots_of(spoiled[0], plan.layers[0], None, tensors, Reader(checkpoint), 0)
             spoiled[0].experts.w2_weight[slot] = 0
-            with (
-                pytest.raises(VerificationError, match=rf"slot {slot} of w2_weight does not hold `.*down_proj.weight`"),
-                Checkpoint(index) as checkpoint,
+            with pytest.raises(
+                VerificationError, match=rf"slot {slot} of w2_weight does not hold `.*down_proj.weight`"
             ):
-                compare_rows(
-                    spoiled[0], plan.layers[0], None, runner_layers(index, family, facts)[0], Reader(checkpoint), 0
-                )
+                compare_rows(spoiled[0], spots)
             spoiled[0].experts.w2_weight[slot] = before
 
 
@@ -217,11 +217,16 @@ def test_layers_are_verified_while_loading_and_a_bad_one_leaves_nothing(made: Ca
 
     seen: list[MoELayer] = []
 
-    def spoiling(layer: MoELayer, layer_plan: LayerPlan, checkpoint: Checkpoint) -> None:
-        seen.append(layer)
-        if layer.index == 2:
-            layer.experts.w13_weight.zero_()
-        verifier(layer, layer_plan, checkpoint)
+    def spoiling(layer: MoELayer, layer_plan: LayerPlan, checkpoint: Checkpoint) -> Callable[[], None]:
+        compare = verifier(layer, layer_plan, checkpoint)
+
+        def spoil() -> None:
+            seen.append(layer)
+            if layer.index == 2:
+                layer.experts.w13_weight.zero_()
+            compare()
+
+        return spoil
 
     with pytest.raises(VerificationError, match="layer 2 "):
         build(plan, index, check=spoiling)
