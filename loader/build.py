@@ -234,7 +234,7 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig, table:
         homes["shared_gate.weight"] = (gate, "weight")
 
     def stack(prefix: str, layout: Layout, n_experts: int, width: int, n_shared: int = 0) -> Experts:
-        bias = specs.get(f"{prefix}.w13_bias")
+        biases = {name: spec.dtype for name in ("w13_bias", "w2_bias") if (spec := specs.get(f"{prefix}.{name}"))}
         made = Experts(
             layout,
             n_experts=n_experts,
@@ -242,7 +242,7 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig, table:
             width=width,
             kernel=kernel,
             config=config,
-            bias_dtype=None if bias is None else bias.dtype,
+            biases=biases,
             n_shared=n_shared,
             dense_shared_from=plan.dense_shared_from,
             table=table if plan.backend == "triton" else None,

@@ -6,7 +6,9 @@ U experts asked for at once. Everything is built on the meta device; weights arr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -131,7 +133,7 @@ class SharedGate(nn.Module):
 class Experts(nn.Module):
     """Stacked experts of one format: ``w13_<part>`` has gate rows, then up rows; ``w2_<part>`` is down.
 
-    With `bias_dtype` they also have ``w13_bias`` ``(E, 2F)`` and ``w2_bias`` ``(E, D)``.
+    `biases` says which of ``w13_bias`` ``(E, 2F)`` and ``w2_bias`` ``(E, D)`` they have, and in which dtype.
     """
 
     w13_bias: nn.Parameter | None
@@ -146,7 +148,7 @@ class Experts(nn.Module):
         width: int,
         kernel: Kernel,
         config: ExpertConfig | None = None,
-        bias_dtype: torch.dtype | None = None,
+        biases: Mapping[str, torch.dtype] = MappingProxyType({}),
         n_shared: int = 0,
         dense_shared_from: int = 0,
         table: Table | None = None,
@@ -157,8 +159,7 @@ class Experts(nn.Module):
         self.n_shared, self.dense_shared_from, self.table = n_shared, dense_shared_from, table
         self.config = config or ExpertConfig()
         for name, size in (("w13_bias", 2 * width), ("w2_bias", hidden_size)):
-            bias = None if bias_dtype is None else empty_parameter((n_experts, size), bias_dtype)
-            self.register_parameter(name, bias)
+            self.register_parameter(name, empty_parameter((n_experts, size), biases[name]) if name in biases else None)
         for part in layout.parts:
             rows, columns = part.shape(width, hidden_size)
             self._declare(f"w13_{part.name}", (n_experts, 2 * rows, columns), part.dtype)

@@ -49,6 +49,7 @@ class Strips:
     def __init__(self, plan: LayerPlan, rank: Rank | None, seed: int) -> None:
         self._plan, self._rank = plan, rank
         self.held = plan.held or (0, plan.n_routed)
+        self.adds_down_bias = rank is None or rank.adds_down_bias
         self.shared_weight = plan.shared_weight
         self.shared_slots = plan.n_shared if plan.shared == "slot" else 0
         draw = random.Random(seed)
@@ -95,12 +96,13 @@ class Strips:
 
     def _cut(self, experts: Experts, spans: Mapping[int, Span], width: int) -> Experts:
         narrow, d = _shallow(experts), self._plan.hidden_size
-        if experts.w13_bias is not None and experts.w2_bias is not None:
-            b13, b2, half = experts.w13_bias, experts.w2_bias, experts.w13_bias.shape[1] // 2
+        if experts.w13_bias is not None:
+            b13, half = experts.w13_bias, experts.w13_bias.shape[1] // 2
             gates = [b13[s, a:b] for s, (a, b) in spans.items()]
             ups = [b13[s, half + a : half + b] for s, (a, b) in spans.items()]
             narrow._parameters["w13_bias"] = _stacked(gates, ups)
-            narrow._parameters["w2_bias"] = _stacked([b2[s, slice(*self.hidden)] for s in spans])
+        if experts.w2_bias is not None:
+            narrow._parameters["w2_bias"] = _stacked([experts.w2_bias[s, slice(*self.hidden)] for s in spans])
         for part in experts.layout.parts:
             w13, w2 = getattr(experts, f"w13_{part.name}"), getattr(experts, f"w2_{part.name}")
             half, columns = w13.shape[1] // 2, slice(*part.stored_columns(self.hidden, d))

@@ -51,7 +51,7 @@ class Placement:
         block = block if block.dim() >= axes else block.reshape(-1, 1)
         if self.source is not None:
             (top, bottom), (left, right) = self.source
-            block = block[top:bottom, left:right]
+            block = block[top:bottom, left:right] if block.dim() > 1 else block[top:bottom]
         return block
 
 
@@ -108,6 +108,11 @@ class Rank:
     def moe_tp_rank(self) -> int:
         """Which of them is here: 1."""
         return self.index % self.moe_tp_size
+
+    @property
+    def adds_down_bias(self) -> bool:
+        """Whether biases of down are here: ranks' outputs are summed up, so that one rank of a group adds them."""
+        return self.moe_tp_rank == 0
 
     def experts(self, n_routed: int) -> Span:
         """The routed experts of this rank's group, of `n_routed`: (192, 384)."""

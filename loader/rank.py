@@ -2,7 +2,8 @@
 
 Ranks are numbered as SGLang and vLLM do: rank ``r`` of tp x ep has the experts of group ``r // moe_tp`` and the slice
 ``r % moe_tp`` of their width, with ``moe_tp = tp / ep``. A shared expert in a slot is in every group and weighs
-``1 / ep`` there; one on its own is cut in tp slices. The sum of all ranks' outputs is the layer's output.
+``1 / ep`` there; one on its own is cut in tp slices. The biases of gate and up are cut as their rows are, those of down
+are on the first rank of a group alone. The sum of all ranks' outputs is the layer's output.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from loader.errors import PlanError, PlanFault
 from loader.formats import Layout, Part, StraddleError
 from loader.formats.base import Span
 from loader.plan import LayerPlan, ParamSpec, Placement, Plan, Rank
+
+BIAS = "bias"
+"""What a parameter of biases is called after its matrix; no part of a format is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,8 @@ class _Cut:
     def stored(self, param: str) -> Span:
         """Stored rows (of each of gate and up) or columns (of down) of a slot that are this slice's."""
         name, suffix = _split(param)
+        if (name, suffix) == ("w13", BIAS):
+            return self.span
         part = self.parts[suffix]
         stored = part.stored_columns if name == "w2" else part.stored_rows
         return stored(self.span, self.width)
@@ -81,7 +87,7 @@ def _layer(layer: LayerPlan, rank: Rank, faults: list[PlanFault]) -> LayerPlan:
     for placement in layer.placements:
         module = _module(placement.param)
         if module == "experts":
-            if placement.expert not in here:
+            if placement.expert not in here or _is_elsewhere(placement.param, rank):
                 continue
             placement = replace(placement, expert=here[placement.expert])
         try:
@@ -101,7 +107,9 @@ def _layer(layer: LayerPlan, rank: Rank, faults: list[PlanFault]) -> LayerPlan:
         width=layer.width // rank.moe_tp_size,
         shared_width=layer.shared_width // (rank.moe_tp_size if in_slots else rank.tp_size),
         params=tuple(
-            _param(p, cuts[_module(p.name)], len(slots)) if _module(p.name) in cuts else p for p in layer.params
+            _param(p, cuts[_module(p.name)], len(slots)) if _module(p.name) in cuts else p
+            for p in layer.params
+            if not _is_elsewhere(p.name, rank)
         ),
         placements=tuple(placements),
         notes=tuple(note for note in layer.notes if note.key.rpartition(".")[0] in read),
@@ -110,11 +118,12 @@ def _layer(layer: LayerPlan, rank: Rank, faults: list[PlanFault]) -> LayerPlan:
 
 def _share(placement: Placement, param: ParamSpec, cut: _Cut) -> Placement:
     """The part of a placement that this slice takes: rows of gate and up, columns of down."""
-    if cut.count == 1:
+    if cut.count == 1 or _is_down_bias(param.name):
         return placement
     first, last = cut.stored(param.name)
     a, b = placement.rows
-    (top, bottom), (left, right) = placement.source or ((0, b - a), (0, param.shape[-1]))
+    columns = param.shape[2] if len(param.shape) > 2 else 1
+    (top, bottom), (left, right) = placement.source or ((0, b - a), (0, columns))
     if _split(param.name)[0] == "w2":
         source, rows = ((top, bottom), (left + first, left + last)), placement.rows
     else:
@@ -129,12 +138,20 @@ def _times(position: int, size: int) -> Span:
 
 def _param(param: ParamSpec, cut: _Cut, n_slots: int) -> ParamSpec:
     stacked = n_slots if _module(param.name) == "experts" else param.shape[0]
-    if cut.count == 1:
+    if cut.count == 1 or _is_down_bias(param.name):
         return replace(param, shape=(stacked, *param.shape[1:]))
     first, last = cut.stored(param.name)
-    _, rows, columns = param.shape
-    is_down = _split(param.name)[0] == "w2"
-    return replace(param, shape=(stacked, rows, last - first) if is_down else (stacked, 2 * (last - first), columns))
+    if _split(param.name)[0] == "w2":
+        return replace(param, shape=(stacked, param.shape[1], last - first))
+    return replace(param, shape=(stacked, 2 * (last - first), *param.shape[2:]))
+
+
+def _is_elsewhere(param: str, rank: Rank) -> bool:
+    return _is_down_bias(param) and not rank.adds_down_bias
+
+
+def _is_down_bias(param: str) -> bool:
+    return _split(param) == ("w2", BIAS)
 
 
 def _parts(layout: Layout) -> Mapping[str, Part]:

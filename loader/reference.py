@@ -72,9 +72,7 @@ class Reference:
         y_TD = torch.zeros_like(x_TD)
         first, last = self._strips.held
         experts = sorted({e for chosen in choices for e in chosen if first <= e < last})
-        routed = [
-            _Stored(self._strips.of_routed(e), self._tensors.expert(e), self._tensors.expert_bias(e)) for e in experts
-        ]
+        routed = [_Stored(self._strips.of_routed(e), self._tensors.expert(e), self._biases(e)) for e in experts]
         for expert, mlp in zip(experts, self._mlps(routed), strict=True):
             for token, chosen in enumerate(choices):
                 if weight := chosen.get(expert):
@@ -85,6 +83,10 @@ class Reference:
             for mlp in self._mlps([_Stored(strip, self._tensors.shared, {}) for strip in self._strips.of_shared()]):
                 y_TD += shared_T.unsqueeze(-1) * mlp(x_TD)
         return y_TD
+
+    def _biases(self, expert: int) -> Mapping[str, TensorInfo]:
+        biases = self._tensors.expert_bias(expert)
+        return {name: info for name, info in biases.items() if name != "down" or self._strips.adds_down_bias}
 
     def _mlps(self, stored: Sequence[_Stored]) -> Iterator[_Mlp]:
         for first in range(0, len(stored), EXPERTS_AT_ONCE):

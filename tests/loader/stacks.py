@@ -30,7 +30,7 @@ def stack(
             width=width,
             kernel=eager,
             config=config,
-            bias_dtype=torch.float32 if biased else None,
+            biases={name: torch.float32 for name in ("w13_bias", "w2_bias") if biased},
         )
     experts.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)

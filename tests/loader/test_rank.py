@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from loader import PlanError, build
+from gatekeeper import read_index
+from loader import PlanError, build, verify
 from loader.accounts import Ledger
+from loader.checkpoint import DTYPES
 from loader.costs import rank_bytes
 from loader.plan import LayerPlan
-from loader.planner import build_plan
+from loader.planner import build_plan, runner_layers
 from loader.rank import plan_of_rank
+from loader.shards import write_shards
 from tests.loader.fakes import decided, facts_of, family, index_of, layout
 from tests.loader.test_build import planned
 from tests.loader.test_load import answer, invoke
+from tests.loader.test_stacked import facts, plan, stacked_after
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (4, 2), (4, 4), (8, 4)]
 CASES: dict[str, dict[str, Any]] = {
@@ -82,6 +86,34 @@ def test_the_outputs_of_all_ranks_add_up(
     # Sums of 256 products in float32, in another order.
     torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-5)
     assert tp_size == 1 or not torch.allclose(parts[0], whole, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("tp_size", "ep_size"), [(1, 1), (2, 1), (4, 1), (4, 2), (4, 4)])
+def test_biases_of_gate_and_up_are_cut_and_those_of_down_added_once(tmp_path: Path, tp_size: int, ep_size: int) -> None:
+    """gpt-oss: gate and up take turns in a stack, and so do their biases."""
+    which, generator = family("gpt_oss"), torch.Generator().manual_seed(3)
+    tensors = stacked_after(which)
+    numbers = {
+        name: (torch.randn(info.shape, generator=generator) / 8).to(DTYPES[info.dtype])
+        for name, info in tensors.items()
+    }
+    write_shards(tmp_path, [numbers], 1)
+    index = read_index(tmp_path)
+    assert index is not None
+    whole = plan(which, tensors)
+    x_TD = torch.randn(9, 64, generator=generator)
+    expected = build(whole, index)[0](x_TD)
+    shares = [plan_of_rank(whole, rank, tp_size, ep_size) for rank in range(tp_size)]
+    parts = []
+    for share in shares:
+        layers = build(share, index)
+        verified = verify(layers, share, index, runner_layers(index, which, facts(which)))
+        assert [one.index for one in verified] == [1, 2]
+        parts.append(layers[0](x_TD))
+        assert share.rank is not None
+        assert (layers[0].experts.w2_bias is not None) is (share.rank.index % (tp_size // ep_size) == 0)
+    torch.testing.assert_close(sum(parts), expected, rtol=1e-5, atol=1e-5)
+    assert max(share.nbytes for share in shares) == rank_bytes(whole.layers, tp_size, ep_size).nbytes
 
 
 def plan_of(width: int, routed: str = "int4_g32", experts: int = 4) -> Any:

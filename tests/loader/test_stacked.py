@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gatekeeper import CheckpointError, Family, TensorInfo, View
+from gatekeeper import CheckpointError, Facts, Family, TensorInfo, View
 from gatekeeper.stacking import Stacking
 from loader import Plan, PlanError, build_plan
 from loader.accounts import Ledger
@@ -123,11 +123,17 @@ def stacked_after(which: Family, *, experts: int = 4, hidden: int = 64, width: i
     return {info.name: info for info in found}
 
 
-def plan(which: Family, tensors: dict[str, TensorInfo], on: bool = False, **model: Any) -> Plan:
+def facts(which: Family, **model: Any) -> Facts:
+    """Of a model with layers `stacked_after` this family."""
     facts = facts_of(n_shared_experts=int(bool(which.names.shared)), first_k_dense_replace=1, **model)
     values = {"model.mlp_only_layers": (0,), "model.decoder_sparse_step": 1, "model.moe_layers": (1, 2)}
     facts.values |= values if which.name not in ALL_LAYERS else {"model.num_hidden_layers": None}
-    return build_plan(index_of(tensors), which, facts, decided([1, 2] if on else []), shipped().formats)
+    return facts
+
+
+def plan(which: Family, tensors: dict[str, TensorInfo], on: bool = False, **model: Any) -> Plan:
+    decisions = decided([1, 2] if on else [])
+    return build_plan(index_of(tensors), which, facts(which, **model), decisions, shipped().formats)
 
 
 ALL_LAYERS = ("gpt_oss", "mixtral", "minimax_m2")
