@@ -16,7 +16,7 @@ from loader.checkpoint import Checkpoint
 from loader.planner import runner_layers
 from loader.raw import Reader
 from loader.shards import write_shards
-from loader.spots import compare_rows
+from loader.spots import compare_rows, spots_of
 from tests.loader.fakes import decided, shipped
 from tests.loader.surgery import rewrite
 
@@ -112,8 +112,7 @@ def test_stacked_experts_are_verified(
     with torch.no_grad():
         layers[0].experts.w13_weight[3] = layers[0].experts.w13_weight[3].roll(1, int(transposed))
     line = "column" if transposed else "row"  # which is a row of the file
-    with (
-        Checkpoint(index) as checkpoint,
-        pytest.raises(VerificationError, match=rf"slot 3 of w13_weight does not hold `.*`: {line} \d+ of gate"),
-    ):
-        compare_rows(layers[0], plan.layers[0], None, tensors[0], Reader(checkpoint), seed=0)
+    with Checkpoint(index) as checkpoint:
+        spots = spots_of(layers[0], plan.layers[0], None, tensors[0], Reader(checkpoint), seed=0)
+    with pytest.raises(VerificationError, match=rf"slot 3 of w13_weight does not hold `.*`: {line} \d+ of gate"):
+        compare_rows(layers[0], spots)
