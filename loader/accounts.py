@@ -30,7 +30,8 @@ class _Use(NamedTuple):
         return self.view is None and self.block is None
 
 
-_ONCE = [_Use(None, None)]
+_WHOLE = _Use(None, None)
+_ONCE = [_WHOLE]
 """All of a tensor, and no part of it again."""
 
 
@@ -63,11 +64,11 @@ class Ledger:
         """
         self._written[slot].append((rows, key))
         if not again:
-            self._used[key].append(_Use(view, block))
+            self._used[key].append(_WHOLE if view is None and block is None else _Use(view, block))
 
     def read(self, key: str) -> None:
         """Note that all of tensor `key` was used, to no slot."""
-        self._used[key].append(_Use(None, None))
+        self._used[key].append(_WHOLE)
 
     def faults(self) -> list[str]:
         """All that does not add up, sorted; empty when everything does."""

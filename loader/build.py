@@ -10,6 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -68,8 +70,8 @@ class _Skeleton:
 
 
 Check = Callable[[MoELayer, LayerPlan, Checkpoint], Callable[[], None]]
-"""Called with each layer once it has its memory, to read what must come to be in it; what that returns is called once
-it is filled. Both from a thread of their own; what either raises ends the load."""
+"""Called with each layer while it is filled, to read what must come to be in it and not yet what is; what that returns
+is called once it is filled. Both from a thread of their own; what either raises ends the load."""
 
 
 def build(
@@ -99,10 +101,10 @@ def build(
         with (
             _brief_waits(),
             Checkpoint(index) as checkpoint,
-            ThreadPoolExecutor(1, "check") as checker,
+            _Checks(check, checkpoint) as checks,
             Transfers(checkpoint, where, threads=threads) as transfers,
         ):
-            _fill_all(skeletons, where, checkpoint, transfers, moved, check and _Checks(checker, check, checkpoint))
+            _fill_all(skeletons, where, checkpoint, transfers, moved, checks)
     except BaseException:
         # INVARIANT: a failed build holds no memory, even while its traceback keeps these frames alive.
         for skeleton in skeletons:
@@ -130,26 +132,43 @@ def _brief_waits() -> Iterator[None]:
 
 
 class _Checks:
-    """Runs a check beside the load and brings its errors back."""
+    """Runs a check, where there is one, beside the load and brings its errors back."""
 
-    def __init__(self, pool: ThreadPoolExecutor, check: Check, checkpoint: Checkpoint) -> None:
-        self._pool, self._check, self._checkpoint = pool, check, checkpoint
+    def __init__(self, check: Check | None, checkpoint: Checkpoint) -> None:
+        self._check, self._checkpoint = check, checkpoint
+        self._pool = ThreadPoolExecutor(1, "check")
         self._expected: dict[int, Future[Callable[[], None]]] = {}
-        self._started: list[Future[None]] = []
+        self._under_way: list[Future[Any]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)  # where all went well none is left
 
     def expect(self, skeleton: _Skeleton) -> None:
-        """Before a layer is filled."""
-        plan = skeleton.plan
-        self._expected[plan.index] = self._pool.submit(self._check, skeleton.layer, plan, self._checkpoint)
+        """Beside the filling of a layer."""
+        if self._check is not None:
+            plan = skeleton.plan
+            future = self._pool.submit(self._check, skeleton.layer, plan, self._checkpoint)
+            self._expected[plan.index] = future
+            self._under_way.append(future)
 
     def start(self, skeleton: _Skeleton) -> None:
-        """Once it is."""
-        expected = self._expected.pop(skeleton.plan.index)  # one thread does all of it in order: it is there by then
-        self._started.append(self._pool.submit(lambda: expected.result()()))
-        self.collect([future for future in self._started if future.done()])
+        """Once it is filled."""
+        if self._check is not None:
+            expected = self._expected.pop(skeleton.plan.index)  # one thread does all in order: it is there by then
+            self._under_way.append(self._pool.submit(lambda: expected.result()()))
+        self._collect([future for future in self._under_way if future.done()])
 
-    def collect(self, futures: Sequence[Future[None]] | None = None) -> None:
-        for future in self._started if futures is None else futures:
+    def finish(self) -> None:
+        """Wait for all of them, and raise the first error."""
+        self._collect(self._under_way)
+
+    def _collect(self, futures: Sequence[Future[Any]]) -> None:
+        for future in futures:
             future.result()
 
 
@@ -159,7 +178,7 @@ def _fill_all(
     checkpoint: Checkpoint,
     transfers: Transfers,
     moved: Callable[[int], None],
-    checks: _Checks | None,
+    checks: _Checks,
 ) -> None:
     """Layer after layer; while one is waited for, the next one's transfers are already queued."""
     names = sorted(checkpoint.index.tensors)
@@ -169,21 +188,18 @@ def _fill_all(
         skeleton, filling, arrived = under_way.pop(0)
         arrived()
         filling.account()
-        if checks:
-            checks.start(skeleton)
+        checks.start(skeleton)
 
     for skeleton in skeletons:
         _allocate(skeleton, device)
         filling = Filling(skeleton.plan, skeleton.slots(), checkpoint.index, skeleton.parameter, names)
         under_way.append((skeleton, filling, transfers.start(filling.transfers, moved)))
-        if checks:
-            checks.expect(skeleton)
+        checks.expect(skeleton)
         if len(under_way) > 1:
             finish_first()
     while under_way:
         finish_first()
-    if checks:
-        checks.collect()
+    checks.finish()
 
 
 def _log_finished(plan: Plan, device: torch.device, seconds: float) -> None:

@@ -158,7 +158,7 @@ def _is_cut(param: ParamSpec, layout: Layout) -> bool:
     """Whether ranks share a parameter's bytes: gate and up are cut by rows and down by columns, where it has such."""
     matrix, _, name = param.name.rpartition(".")[2].partition("_")
     part = next((part for part in layout.parts if part.name == name), None)
-    if part is None:  # a bias: that of down is added once, after the sum over ranks
+    if part is None:  # a bias: that of down is whole, on the first rank of a group
         return matrix == "w13"
     return (part.rows_per_item if matrix == "w13" else part.columns_per_item) is not None
 

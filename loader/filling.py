@@ -53,7 +53,7 @@ class Filling:
             owed |= {name: index.tensors[name].shape for name in _below(plan.name, names or sorted(index.tensors))}
         self._ledger = Ledger(slots, owed, whole=plan.held is None)
         transfers = [self._transfer(placement) for placement in plan.placements]
-        two, found = Extent(torch.empty(2, dtype=torch.int64, device="meta")), self._found.view(torch.uint8).unbind()
+        two, found = Extent.of(torch.empty(2, dtype=torch.int64, device="meta")), self._found.view(torch.uint8).unbind()
         transfers += [Transfer(self._info(n.key), two, f) for n, f in zip(plan.notes, found, strict=True)]
         # Where something does not fit the load fails, so that there is nothing to be read for.
         self.transfers = [] if self._problems else [transfer for transfer in transfers if transfer]
@@ -108,7 +108,7 @@ class Filling:
         block = self._blocks.get(alike)
         if block is None:
             whole = torch.empty(shape, dtype=dtype, device="meta")
-            block = self._blocks[alike] = Extent(placement.cut(whole, axes))
+            block = self._blocks[alike] = Extent.of(placement.cut(whole, axes))
         return block
 
     def _info(self, key: str) -> TensorInfo:

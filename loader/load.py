@@ -104,7 +104,7 @@ def load_prepared(
     tables: Path | None = None,
     moved: Callable[[int], None] = lambda _: None,
 ) -> tuple[tuple[MoELayer, ...], tuple[Verified, ...]]:
-    """Build the layers of a plan, each compared with the checkpoint while the next one is read if `verifies`.
+    """Build the layers of a plan, each compared with the checkpoint beside the load if `verifies`.
 
     A layer that differs ends the load with `VerificationError`, and nothing stays allocated.
     """

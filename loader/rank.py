@@ -13,11 +13,8 @@ from dataclasses import dataclass, replace
 
 from loader.errors import PlanError, PlanFault
 from loader.formats import Layout, Part, StraddleError
-from loader.formats.base import Span
+from loader.formats.base import BIAS, Span
 from loader.plan import LayerPlan, ParamSpec, Placement, Plan, Rank
-
-BIAS = "bias"
-"""What a parameter of biases is called after its matrix; no part of a format is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +89,8 @@ def _layer(layer: LayerPlan, rank: Rank, faults: list[PlanFault]) -> LayerPlan:
             placement = replace(placement, expert=here[placement.expert])
         try:
             placements.append(_share(placement, whole[placement.param], cuts[module]) if module in cuts else placement)
-        except (StraddleError, KeyError) as error:
-            why = str(error) if isinstance(error, StraddleError) else "no rule says how this part is divided"
-            problem = f"{placement.param} on rank {rank.index} of tp {rank.tp_size}, ep {rank.ep_size}: {why}"
+        except StraddleError as error:
+            problem = f"{placement.param} on rank {rank.index} of tp {rank.tp_size}, ep {rank.ep_size}: {error}"
             faults.append(PlanFault(layer=layer.index, tensor=placement.key, code="shape", problem=problem))
     if faults:
         return layer
@@ -147,7 +143,7 @@ def _param(param: ParamSpec, cut: _Cut, n_slots: int) -> ParamSpec:
 
 
 def _is_elsewhere(param: str, rank: Rank) -> bool:
-    return _is_down_bias(param) and not rank.adds_down_bias
+    return _module(param) == "experts" and _is_down_bias(param) and not rank.adds_down_bias
 
 
 def _is_down_bias(param: str) -> bool:

@@ -1,6 +1,6 @@
 """One row of every tensor, byte by byte against the slot that must hold it; slots and rows are counted here anew.
 
-What must be there is read before the layer is filled, so that little is left to do after.
+What must be there is read while the layer is filled, so that little is left to do after.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from torch import Tensor
 from gatekeeper import MoeTensors, TensorInfo
 from loader.errors import VerificationError
 from loader.formats import Part
+from loader.formats.base import BIAS
 from loader.moe import Experts, MoELayer
 from loader.plan import LayerPlan, Rank
 from loader.raw import Matrix, Reader
 
 Mlp = Mapping[str, Mapping[str, TensorInfo]]
-"""Parts of gate, up and down by suffix."""
-BIAS = "bias"
-"""What stands for an expert's bias among them; no part is called that."""
+"""Parts of gate, up and down by suffix, a bias as `BIAS`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,19 +35,24 @@ MOST_CUTS = 16
 MOST_THREADS = 16
 
 
+@dataclass(frozen=True, slots=True)
 class Extent:
     """Which numbers of a tensor are wanted; worked out once for all tensors of which the same is."""
 
-    __slots__ = ("nbytes", "offset", "source", "whole")
+    source: Tensor
+    """On the meta device, a view of the tensor's data: shape, strides and offset say which numbers."""
+    nbytes: int
+    """All of them."""
+    offset: int
+    """Bytes of the tensor before the first number."""
+    whole: bool
+    """Whether nothing lies between them."""
 
-    def __init__(self, source: Tensor) -> None:
-        """`source`, on the meta device, is a view of a tensor's data: shape, strides and offset say which numbers."""
-        self.source = source
-        self.nbytes = source.numel() * source.element_size()
-        self.offset = int(source.storage_offset()) * source.element_size()
-        """Bytes of the tensor before the first number."""
-        self.whole = source.is_contiguous()
-        """Whether nothing lies between them."""
+    @classmethod
+    def of(cls, source: Tensor) -> Self:
+        """What `source` shows."""
+        size = source.element_size()
+        return cls(source, source.numel() * size, int(source.storage_offset()) * size, source.is_contiguous())
 
 
 class Transfer(NamedTuple):
@@ -195,7 +200,7 @@ def _split(transfer: Transfer) -> Iterable[_Part]:
         if whole:
             found.append(_Part(start + first, size, info, part, None))
         else:
-            rows = Extent(source[first // row_bytes : (first + size) // row_bytes])
+            rows = Extent.of(source[first // row_bytes : (first + size) // row_bytes])
             found.append(_Part(info.start + rows.offset, size, info, part, rows.source))
     return found
 

@@ -39,15 +39,15 @@ def _skeletons(shape: Shape, tokens: int, multiprocessors: int) -> Iterator[Conf
         for splits in (1, 2, 4, 8):
             yield replace(few, splits=splits)
     share = tokens * shape.top_k / shape.n_slots
-    for block_m in (16, 32, 64, 128):
-        if block_m <= max(16, 4 * share) and block_m * 8 >= share:
-            found = default(shape, tokens, multiprocessors, block_m=block_m)
-            yield found
-            yield replace(
-                found,
-                gate_up=replace(found.gate_up, tokens_left=False),
-                down=replace(found.down, tokens_left=False),
-            )
+    heights = [
+        default(shape, tokens, multiprocessors, block_m=block_m)
+        for block_m in (16, 32, 64, 128)
+        if block_m <= max(16, 4 * share) and block_m * 8 >= share
+    ]
+    yield from heights
+    for one in heights:
+        halves = {half: replace(getattr(one, half), tokens_left=False) for half in ("gate_up", "down")}
+        yield replace(one, **halves)
     if tokens <= 64:
         for splits in (2, 4):
             yield replace(default(shape, tokens, multiprocessors, block_m=16), splits=splits)

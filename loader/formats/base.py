@@ -13,6 +13,8 @@ from torch import Tensor
 from gatekeeper import PartSpec
 
 Span = tuple[int, int]
+BIAS = "bias"
+"""What a parameter of biases is called after its matrix; no part of a format is."""
 
 
 class StraddleError(ValueError):

@@ -92,6 +92,7 @@ def default(
     shared_bytes: int = HOPPER_SHARED_BYTES,
     *,
     block_m: int | None = None,
+    x_bytes: int = 2,
 ) -> Config:
     """A configuration from counting: tiles enough to fill the device, and steps of a few KB to a thread block.
 
@@ -99,13 +100,13 @@ def default(
     that a product with few tiles is split along its inner axis; a compute-bound one wants tiles as large as registers
     allow, which are as high as an expert's share of the tokens. Where counting left a choice, what a first search on an
     H200 liked better (benchmarks/README.md). `shared_bytes` are what one thread block may have; `block_m` is counted
-    where it is not given, and else what the tiles are cut for.
+    where it is not given, and else what the tiles are cut for. `x_bytes` are those of an activation, 4 for float32.
     """
     # Other formats prepare activations, so that they may sort them as well.
     if block_m is None and tokens <= 1 and KINDS[shape.format] == "plain":
-        return replace(one_by_one(shape, tokens, multiprocessors, shared_bytes), splits=1)
+        return replace(one_by_one(shape, tokens, multiprocessors, shared_bytes, x_bytes), splits=1)
     pairs = max(tokens * shape.top_k, 1)
-    block_m = block_m or _block_m(shape, pairs)
+    block_m = block_m or _block_m(shape, pairs, x_bytes)
     gate_up, down = _tiles(shape, block_m, rows=2), _tiles(shape, block_m, rows=1)
     tiles = min(shape.n_slots, pairs) * -(-shape.width // gate_up.block_n)
     most = max(1, shape.hidden_size // (4 * gate_up.block_c))
@@ -115,12 +116,14 @@ def default(
         down=down,
         splits=min(power_of_two(2 * multiprocessors / tiles), most, 8),
     )
-    return fitting(config, shape, shared_bytes)
+    return fitting(config, shape, shared_bytes, x_bytes)
 
 
-def _block_m(shape: Shape, pairs: int) -> int:
+def _block_m(shape: Shape, pairs: int, x_bytes: int) -> int:
     share = pairs / min(shape.n_slots, pairs)
-    return min(power_of_two(share, 16), 128 if share >= 256 else 64)
+    # With float32 both operands of FP8 are widened in shared memory, which has no room for more.
+    most = 32 if shape.format == "fp8_block" and x_bytes > 2 else 128 if share >= 256 else 64
+    return min(power_of_two(share, 16), most)
 
 
 def accumulators(shape: Shape, block_m: int, rows: int, tiles: Tiles) -> float:
@@ -131,13 +134,26 @@ def accumulators(shape: Shape, block_m: int, rows: int, tiles: Tiles) -> float:
     return sums * tiles.block_n * rows * block_m / (32 * tiles.warps)
 
 
-def stage_bytes(shape: Shape, block_m: int, rows: int, tiles: Tiles) -> float:
+def stage_bytes(shape: Shape, block_m: int, rows: int, tiles: Tiles, x_bytes: int = 2) -> float:
     """Shared memory of one stage: a tile of weights, `rows` to each of its columns, and one of activations."""
     weight = {"int4_g32": 0.5625, "mxfp4": 0.5313, "fp8_block": 1.0, "fp32": 4.0}.get(shape.format, 2.0)
-    return (tiles.block_n * rows * weight + block_m * 2.0) * tiles.block_c
+    return (tiles.block_n * rows * weight + block_m * x_bytes) * tiles.block_c
 
 
-def one_by_one(shape: Shape, tokens: int, multiprocessors: int, shared_bytes: int = HOPPER_SHARED_BYTES) -> Config:
+def misfit(config: Config, shape: Shape) -> str | None:
+    """Why a configuration can't be one of this shape; None where it can."""
+    for half in ("gate_up", "down"):
+        tiles: Tiles = getattr(config, half)
+        if tiles.tokens_left and shape.format in PACKED:
+            return f"{shape.format} is unpacked into the left operand, so tokens_left of {half} must be false"
+        if tiles.tokens_left and shape.format == "fp8_block" and tiles.block_n > 128:
+            return f"with tokens_left a tile of {half} has one scale, so block_n is 128 at most, not {tiles.block_n}"
+    return None
+
+
+def one_by_one(
+    shape: Shape, tokens: int, multiprocessors: int, shared_bytes: int = HOPPER_SHARED_BYTES, x_bytes: int = 2
+) -> Config:
     """A configuration without a schedule, for a few tokens."""
     block_n, step = 32, 128 if shape.format == "fp8_block" else 256
     tiles = max(tokens * shape.top_k, 1) * -(-shape.width // block_n)
@@ -149,14 +165,14 @@ def one_by_one(shape: Shape, tokens: int, multiprocessors: int, shared_bytes: in
         splits=min(power_of_two(-(-3 * multiprocessors // tiles)), most, 8),
         by_token=True,
     )
-    return fitting(config, shape, shared_bytes)
+    return fitting(config, shape, shared_bytes, x_bytes)
 
 
-def fitting(config: Config, shape: Shape, shared_bytes: int) -> Config:
+def fitting(config: Config, shape: Shape, shared_bytes: int, x_bytes: int = 2) -> Config:
     """This configuration with as many of its stages as there is room for."""
 
     def fit(tiles: Tiles, rows: int) -> Tiles:
-        room = int(shared_bytes // stage_bytes(shape, config.block_m, rows, tiles))
+        room = int(shared_bytes // stage_bytes(shape, config.block_m, rows, tiles, x_bytes))
         return replace(tiles, stages=max(1, min(tiles.stages, room)))
 
     return replace(config, gate_up=fit(config.gate_up, 2), down=fit(config.down, 1))

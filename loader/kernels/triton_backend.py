@@ -34,8 +34,11 @@ def run(x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor, weights: Exp
 
 
 def configuration(shape: Shape, x_TD: Tensor, table: Table | None) -> Config:
-    """What was measured for this shape and number of tokens, else what counting says."""
-    measured = None if table is None else table.config(shape, len(x_TD))
+    """What was measured for this shape and number of tokens, else what counting says.
+
+    Measured was with 16 bits an activation: float32, which is for comparisons, needs twice the shared memory.
+    """
+    measured = None if table is None or x_TD.dtype.itemsize > 2 else table.config(shape, len(x_TD))
     return measured or counted(shape, x_TD)
 
 

@@ -32,6 +32,15 @@ def _dot(a, b, accumulator):
 
 
 @triton.jit
+def _product(w_NC, x_MC, accumulator, TOKENS_LEFT: tl.constexpr):
+    """``accumulator + w @ x.T``, or its transpose."""
+    if TOKENS_LEFT:
+        return _dot(x_MC, w_NC.T, accumulator)
+    else:
+        return _dot(w_NC, x_MC.T, accumulator)
+
+
+@triton.jit
 def _no_sum(N: tl.constexpr, M: tl.constexpr, TOKENS_LEFT: tl.constexpr):
     """What a sum of N rows of weights by M pairs starts as: ``(N, M)``, or with TOKENS_LEFT ``(M, N)``."""
     return tl.zeros((M, N) if TOKENS_LEFT else (N, M), dtype=tl.float32)
@@ -74,10 +83,8 @@ def _add_product(
         x_MC = tl.load(x + place_M[:, None] * COLUMNS + c[None, :], mask=inside, other=0.0)
         w_at = weight + row_N[:, None] * COLUMNS + c[None, :]
         w_NC = tl.load(w_at) if EVEN else tl.load(w_at, mask=c[None, :] < COLUMNS, other=0.0)
-        if FORMAT == "plain" and TOKENS_LEFT:
-            return _dot(x_MC, w_NC.to(x_MC.dtype).T, accumulator)
-        elif FORMAT == "plain":
-            return _dot(w_NC.to(x_MC.dtype), x_MC.T, accumulator)
+        if FORMAT == "plain":
+            return _product(w_NC.to(x_MC.dtype), x_MC, accumulator, TOKENS_LEFT)
         else:
             tl.static_assert(C == 128, "a step of fp8_block is one block of 128 columns")
             BLOCKS: tl.constexpr = (COLUMNS + 127) // 128
@@ -90,16 +97,16 @@ def _add_product(
                 scale_N = tl.full((N,), 1.0, dtype=tl.float32) * scale_N
             zero = _no_sum(N, M, TOKENS_LEFT)
             if x_MC.dtype == tl.float32:
-                if TOKENS_LEFT:
-                    return accumulator + _dot(x_MC, w_NC.to(tl.float32).T, zero) * scale_N[None, :]
-                else:
-                    return accumulator + _dot(w_NC.to(tl.float32), x_MC.T, zero) * scale_N[:, None]
+                part = _product(w_NC.to(tl.float32), x_MC, zero, TOKENS_LEFT)
+                return accumulator + part * (scale_N[None, :] if TOKENS_LEFT else scale_N[:, None])
             else:
                 x_scale_M = tl.load(x_scale + place_M * BLOCKS + step, mask=here_M & (step < BLOCKS), other=0.0)
+                # Scales are multiplied after the product, so that they take no registers in it.
+                part = _product(w_NC, x_MC, zero, TOKENS_LEFT)
                 if TOKENS_LEFT:
-                    return accumulator + tl.dot(x_MC, w_NC.T, zero) * (x_scale_M[:, None] * scale_N[None, :])
+                    return accumulator + part * (x_scale_M[:, None] * scale_N[None, :])
                 else:
-                    return accumulator + tl.dot(w_NC, x_MC.T, zero) * (scale_N[:, None] * x_scale_M[None, :])
+                    return accumulator + part * (scale_N[:, None] * x_scale_M[None, :])
     else:
         QUADS: tl.constexpr = COLUMNS // 4
         GROUPS: tl.constexpr = COLUMNS // 32

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from loader.kernels.base import ExpertWeights
-from loader.kernels.configs import HOPPER_SHARED_BYTES, KINDS, PACKED, Config, Shape, Tiles, default, power_of_two
+from loader.kernels.configs import (
+    HOPPER_SHARED_BYTES,
+    KINDS,
+    PACKED,
+    Config,
+    Shape,
+    Tiles,
+    default,
+    misfit,
+    power_of_two,
+)
 from loader.kernels.triton_device import is_nvidia, overlapping
 from loader.kernels.triton_experts import combine, down, down_by_token, gate_up, prepare
 from loader.kernels.triton_schedule import cut_blocks, schedule_small, sort_pairs
@@ -142,8 +152,8 @@ class _Call:
     def __init__(self, experts: TritonExperts, x_TD: Tensor, ids: Tensor, router: Tensor, config: Config) -> None:
         self.experts, self.ids, self.router, self.config = experts, ids, router, config
         self.pairs, self.k, self.dtype = ids.numel(), ids.shape[1], x_TD.dtype
-        if experts.kind in PACKED and (config.gate_up.tokens_left or config.down.tokens_left):
-            raise ValueError(f"{experts.format} is unpacked into the left operand, so `tokens_left` must be false")
+        if wrong := misfit(config, experts.shape(self.k)):
+            raise ValueError(wrong)
         native = is_nvidia(x_TD.device) if experts._assembly is None else experts._assembly
         # It computes in bf16, from scales that are bf16 or powers of two.
         self.assembly = native and x_TD.dtype == torch.bfloat16 and experts.kind in PACKED and experts.is_exact_in_bf16
@@ -328,7 +338,8 @@ def _scale(scale: Tensor | None, weight: Tensor) -> Tensor:
 
 def counted(shape: Shape, x_TD: Tensor) -> Config:
     """What counting says for these tokens on their device."""
-    return default(shape, len(x_TD), multiprocessors(x_TD.device), _shared_bytes(x_TD.device))
+    device = x_TD.device
+    return default(shape, len(x_TD), multiprocessors(device), _shared_bytes(device), x_bytes=x_TD.dtype.itemsize)
 
 
 def _shared_bytes(device: torch.device) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loader.errors import TableError
-from loader.kernels.configs import Config, Shape, Tiles
+from loader.kernels.configs import Config, Shape, Tiles, misfit
 
 VERSION = 1
 """Of the form of the file; raised where the kernels change so that old figures mean nothing."""
@@ -140,5 +140,7 @@ def read_table(path: Path, device: str | None = None) -> Table:
         for one in each["configs"]:
             tiles = {name: Tiles(**one["config"][name]) for name in ("gate_up", "down")}
             measured = Measured(**{**one, "config": Config(**{**one["config"], **tiles})})
+            if wrong := misfit(measured.config, shape):
+                raise TableError(f"`{path}`, {shape.format} with {measured.tokens} tokens: {wrong}; {again}")
             table.configs.setdefault(shape, {})[measured.tokens] = measured
     return table

@@ -7,6 +7,8 @@ import dataclasses
 import gc
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from gatekeeper import CheckpointError, Index, read_facts, read_index
 from loader import BuildError, LayerPlan, MoELayer, Plan, build, build_plan
 from loader.checkpoint import Checkpoint
+from loader.filling import Filling
 from loader.formats import FORMATS
 from tests.loader.fakes import decided, shipped
 from tests.loader.surgery import rewrite
@@ -221,6 +224,45 @@ def test_a_check_expects_first_and_looks_once_a_layer_is_filled_and_its_error_en
     for check in (refuse, refuse_later):
         with pytest.raises(ValueError, match="1"):
             build(plan, index, check=check)
+
+
+def test_a_check_expects_while_its_layer_is_filled(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, index = planned(made(**SMALL))
+    expected = {layer.index: threading.Event() for layer in plan.layers}
+    account = Filling.account
+
+    def accounting(filling: Filling) -> None:
+        assert expected[filling._plan.index].wait(20)
+        account(filling)
+
+    def look(layer: MoELayer, planned: LayerPlan, checkpoint: Checkpoint) -> Callable[[], None]:
+        expected[layer.index].set()
+        return lambda: None
+
+    monkeypatch.setattr(Filling, "account", accounting)
+    build(plan, index, check=look)
+
+
+def test_a_load_that_fails_starts_no_more_checks(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, index = planned(made(**SMALL))
+    begun, failed, seen = threading.Event(), threading.Event(), []
+
+    def failing(filling: Filling) -> None:
+        assert begun.wait(20)
+        failed.set()
+        raise BuildError("does not add up")
+
+    def look(layer: MoELayer, planned: LayerPlan, checkpoint: Checkpoint) -> Callable[[], None]:
+        seen.append(layer.index)
+        begun.set()
+        assert failed.wait(20)
+        time.sleep(0.2)  # while the load that failed tells the others
+        return lambda: None
+
+    monkeypatch.setattr(Filling, "account", failing)
+    with pytest.raises(BuildError, match="does not add up"):
+        build(plan, index, check=look)
+    assert seen == [1]
 
 
 def test_every_byte_is_counted(made: Callable[..., Path]) -> None:

@@ -137,7 +137,7 @@ def test_what_is_unpacked_is_the_left_operand(layer: Any) -> None:
     experts = stack("mxfp4", slots=2, hidden=64, width=32)
     config = small_tiles("mxfp4")
     config = replace(config, down=replace(config.down, tokens_left=True))
-    with pytest.raises(ValueError, match="`tokens_left` must be false"):
+    with pytest.raises(ValueError, match="tokens_left of down must be false"):
         layer.TritonExperts(experts)(torch.zeros(1, 64), torch.ones(1, 1), torch.zeros(1, 1).int(), config=config)
 
 

@@ -17,6 +17,7 @@ from loader.moe import RouterConfig
 pytestmark = pytest.mark.ahead
 
 TOKENS = [1, 4, 16, 64, 256, 1024, 4096, 8192]
+MOST = 1 << 15
 MODELS = [("kimi-k2.5", 8), ("kimi-k2.5", 1), ("deepseek-v3", 8), ("deepseek-v3", 1)]
 FORMATS = ["bf16", "fp8_block", "int4_g32", "mxfp4"]
 ARCHITECTURES = ["sm90", "sm80", "sm100", "gfx942", "gfx950"]
@@ -64,6 +65,11 @@ def test_the_configuration_by_counting_compiles_and_fits(ahead: Any, arch: str, 
             launches += ahead.launches_of(shape, count, config, arch, ids_dtype=torch.int64) if count < 64 else []
         one_by_one = replace(default(shape, 1, MULTIPROCESSORS[arch], SHARED_BYTES[arch]), by_token=True, splits=2)
         launches += ahead.launches_of(shape, 1, one_by_one, arch, ids_dtype=torch.int64)
+    # The largest blocks, and with float32 in twice the memory, which takes long to compile.
+    shape = Model.of("kimi-k2.5", format_name, 8).shape
+    for dtype in (torch.bfloat16, torch.float32) if arch == "sm90" else (torch.bfloat16,):
+        config = default(shape, MOST, MULTIPROCESSORS[arch], SHARED_BYTES[arch], x_bytes=dtype.itemsize)
+        launches += ahead.launches_of(shape, MOST, config, arch, dtype)
     assert require_fitting(launches, arch) >= {"schedule_small", "gate_up", "down", "down_by_token", "combine"}
 
 
@@ -76,6 +82,10 @@ def test_the_router_compiles_and_fits(ahead: Any, arch: str) -> None:
         launches += ahead.router_launches(kimi, 384, tokens, torch.bfloat16)
         launches += ahead.router_launches(deepseek, 256, tokens, torch.float32)
     assert require_fitting(launches, arch) == {"router_logits", "choose"}
+
+
+def test_something_is_shipped() -> None:
+    assert SHIPPED_CONFIGS
 
 
 @pytest.mark.parametrize(("device", "shape", "measured"), SHIPPED_CONFIGS)

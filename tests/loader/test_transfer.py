@@ -60,7 +60,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 def to(info: TensorInfo, source: Tensor, into: Tensor) -> Transfer:
     """What `source` shows goes into a tensor like it."""
-    return Transfer(info, Extent(source), as_bytes(into))
+    return Transfer(info, Extent.of(source), as_bytes(into))
 
 
 def moved(checkpoint: Checkpoint, name: str, cut: Chooser, *, staged: bool) -> Tensor:

@@ -134,6 +134,24 @@ def test_a_table_of_another_kind_is_refused(tmp_path: Path, change: dict[str, An
     assert "moe-loader tune" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("format_name", "block_n", "says"),
+    [
+        ("int4_g32", 64, "int4_g32 with 4 tokens: int4_g32 is unpacked into the left operand"),
+        ("fp8_block", 256, "fp8_block with 4 tokens: with tokens_left a tile of down has one scale"),
+    ],
+)
+def test_a_table_that_no_kernel_could_run_is_refused(tmp_path: Path, format_name: str, block_n: int, says: str) -> None:
+    shape = Shape(format=format_name, n_slots=8, hidden_size=512, width=256, top_k=2)
+    config = default(shape, 4, 132)
+    config = replace(config, down=replace(config.down, block_n=block_n, tokens_left=True))
+    made = table()
+    made.configs[shape] = {4: Measured(tokens=4, microseconds=1.0, config=config)}
+    made.save(tmp_path / "t.json")
+    with pytest.raises(TableError, match=says):
+        read_table(tmp_path / "t.json")
+
+
 @pytest.mark.parametrize("cut", [0, 1, 40, -2])
 def test_a_torn_table_is_refused(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "t.json"

@@ -192,16 +192,15 @@ def test_a_slot_that_no_token_chose_is_found_by_its_row(wide: tuple[Path, Plan, 
     facts = read_facts(folder)
     family = shipped().families[str(facts.values["model.family"])]
     index = planned(folder)[1]
+    tensors = runner_layers(index, family, facts)[0]
+    with Checkpoint(index) as checkpoint:
+        spots = spots_of(spoiled[0], plan.layers[0], None, tensors, Reader(checkpoint), 0)
     with torch.no_grad():
         for slot in range(17):
             before = spoiled[0].experts.w2_weight[slot].clone()
-            with Checkpoint(index) as checkpoint:
-                tensors = runner_layers(index, family, facts)[0]
-                spots = spots_of(spoiled[0], plan.layers[0], None, tensors, Reader(checkpoint), 0)
             spoiled[0].experts.w2_weight[slot] = 0
-            with pytest.raises(
-                VerificationError, match=rf"slot {slot} of w2_weight does not hold `.*down_proj.weight`"
-            ):
+            says = rf"slot {slot} of w2_weight does not hold `.*down_proj.weight`"
+            with pytest.raises(VerificationError, match=says):
                 compare_rows(spoiled[0], spots)
             spoiled[0].experts.w2_weight[slot] = before
 
