@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
@@ -137,8 +137,7 @@ class _Checks:
     def __init__(self, check: Check | None, checkpoint: Checkpoint) -> None:
         self._check, self._checkpoint = check, checkpoint
         self._pool = ThreadPoolExecutor(1, "check")
-        self._expected: dict[int, Future[Callable[[], None]]] = {}
-        self._under_way: list[Future[Any]] = []
+        self._under_way: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -148,28 +147,30 @@ class _Checks:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)  # where all went well none is left
 
-    def expect(self, skeleton: _Skeleton) -> None:
-        """Beside the filling of a layer."""
-        if self._check is not None:
-            plan = skeleton.plan
-            future = self._pool.submit(self._check, skeleton.layer, plan, self._checkpoint)
-            self._expected[plan.index] = future
-            self._under_way.append(future)
-
-    def start(self, skeleton: _Skeleton) -> None:
-        """Once it is filled."""
-        if self._check is not None:
-            expected = self._expected.pop(skeleton.plan.index)  # one thread does all in order: it is there by then
-            self._under_way.append(self._pool.submit(lambda: expected.result()()))
-        self._collect([future for future in self._under_way if future.done()])
+    def expect(self, skeleton: _Skeleton) -> Callable[[], None]:
+        """Start beside the filling of a layer, and give a function that goes on once it is filled."""
+        if self._check is None:
+            return lambda: None
+        # Not the result of a future, which would keep what was read until the end of the load.
+        expected: list[Callable[[], None]] = []
+        check, arguments = self._check, (skeleton.layer, skeleton.plan, self._checkpoint)
+        self._submit(lambda: expected.append(check(*arguments)))
+        # One thread does all in order: it is there by then, or its error is raised first.
+        return lambda: self._compare(expected)
 
     def finish(self) -> None:
         """Wait for all of them, and raise the first error."""
-        self._collect(self._under_way)
-
-    def _collect(self, futures: Sequence[Future[Any]]) -> None:
-        for future in futures:
+        for future in self._under_way:
             future.result()
+
+    def _compare(self, expected: list[Callable[[], None]]) -> None:
+        self._submit(lambda: expected.pop()())
+        for future in [future for future in self._under_way if future.done()]:
+            future.result()
+            self._under_way.remove(future)
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        self._under_way.append(self._pool.submit(work))
 
 
 def _fill_all(
@@ -182,19 +183,18 @@ def _fill_all(
 ) -> None:
     """Layer after layer; while one is waited for, the next one's transfers are already queued."""
     names = sorted(checkpoint.index.tensors)
-    under_way: list[tuple[_Skeleton, Filling, Callable[[], None]]] = []
+    under_way: list[tuple[Filling, Callable[[], None], Callable[[], None]]] = []
 
     def finish_first() -> None:
-        skeleton, filling, arrived = under_way.pop(0)
+        filling, arrived, compare = under_way.pop(0)
         arrived()
         filling.account()
-        checks.start(skeleton)
+        compare()
 
     for skeleton in skeletons:
         _allocate(skeleton, device)
         filling = Filling(skeleton.plan, skeleton.slots(), checkpoint.index, skeleton.parameter, names)
-        under_way.append((skeleton, filling, transfers.start(filling.transfers, moved)))
-        checks.expect(skeleton)
+        under_way.append((filling, transfers.start(filling.transfers, moved), checks.expect(skeleton)))
         if len(under_way) > 1:
             finish_first()
     while under_way:

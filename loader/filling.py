@@ -84,7 +84,7 @@ class Filling:
         # A copy would broadcast in silence, and bytes would be taken for anything.
         if block is None or block.source.shape != place.shape or dtype != place.dtype:
             theirs = f"{list(info.shape)} {info.dtype}" if block is None else _words(block.source)
-            ours = f"{list(place.shape)} {dtype_name(place.dtype)}"
+            ours = _words(place)
             self._problems.append(f"`{placement.key}` is {theirs}, its place in {placement.param} {ours}")
             return None
         self._fitting.append(placement)
@@ -123,5 +123,5 @@ def _below(prefix: str, names: Sequence[str]) -> Sequence[str]:
     return names[bisect_left(names, f"{prefix}.") : bisect_left(names, f"{prefix}/")]
 
 
-def _words(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {dtype_name(tensor.dtype)}"
+def _words(what: Tensor | _Place) -> str:
+    return f"{list(what.shape)} {dtype_name(what.dtype)}"

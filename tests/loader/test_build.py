@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -241,6 +242,27 @@ def test_a_check_expects_while_its_layer_is_filled(made: Callable[..., Path], mo
 
     monkeypatch.setattr(Filling, "account", accounting)
     build(plan, index, check=look)
+
+
+def test_what_two_layers_are_expected_to_hold_is_kept_at_most(made: Callable[..., Path]) -> None:
+    """Also where checks take longer than the load, and are all queued by its end."""
+    plan, index = planned(made(**{**SMALL, "layers": 7}))
+    read: list[weakref.ref[Tensor]] = []
+    kept = []
+
+    def look(layer: MoELayer, planned: LayerPlan, checkpoint: Checkpoint) -> Callable[[], None]:
+        expected = torch.zeros(1)
+        read.append(weakref.ref(expected))
+
+        def compare() -> None:
+            time.sleep(0.02)
+            kept.append(sum(each() is not None for each in read) + int(expected.sum()))
+
+        return compare
+
+    build(plan, index, check=look)
+    assert len(kept) == 6
+    assert max(kept) <= 2
 
 
 def test_a_load_that_fails_starts_no_more_checks(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
