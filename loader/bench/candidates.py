@@ -9,12 +9,14 @@ from dataclasses import replace
 from loader.kernels.configs import (
     BY_TOKEN,
     HOPPER_SHARED_BYTES,
+    LARGE,
     PACKED,
     Config,
     Shape,
     Tiles,
     accumulators,
     default,
+    misfit,
     one_by_one,
     stage_bytes,
 )
@@ -22,8 +24,6 @@ from loader.kernels.configs import (
 MOST_BY_TOKEN = 2 * BY_TOKEN
 MOST_ACCUMULATORS = 128
 """Registers of a thread, which has as many again for operands and addresses."""
-LARGE = 64
-"""Pairs of a block from which on products wait for their operands to come from the cache, and no longer from memory."""
 
 
 def candidates(shape: Shape, tokens: int, multiprocessors: int) -> list[Config]:
@@ -46,8 +46,8 @@ def _skeletons(shape: Shape, tokens: int, multiprocessors: int) -> Iterator[Conf
     ]
     yield from heights
     for one in heights:
-        halves = {half: replace(getattr(one, half), tokens_left=False) for half in ("gate_up", "down")}
-        yield replace(one, **halves)
+        gate_up, down = (replace(half, tokens_left=False) for half in (one.gate_up, one.down))
+        yield replace(one, gate_up=gate_up, down=down)
     if tokens <= 64:
         for splits in (2, 4):
             yield replace(default(shape, tokens, multiprocessors, block_m=16), splits=splits)
@@ -79,11 +79,14 @@ def tiles(shape: Shape, config: Config, half: str) -> list[Tiles]:
                     if not large:
                         found += [replace(one, programs=p) for p in ((0, 4) if half == "down" else (0,))]
                         continue
-                    # A tile with one scale to all of its rows is at most as high as a block of them.
-                    one_scale = shape.format == "fp8_block" and block_n > 128
-                    sides = (False,) if packed or one_scale else (False, True)
-                    found += [replace(one, group=g, tokens_left=left) for g in (1, 8) for left in sides]
+                    both = [replace(one, group=g, tokens_left=left) for g in (1, 8) for left in (False, True)]
+                    found += [each for each in both if not misfit(with_tiles(config, half, each), shape.format)]
     return found
+
+
+def with_tiles(config: Config, half: str, cut: Tiles) -> Config:
+    """This configuration with other tiles of ``gate_up`` or ``down``."""
+    return replace(config, gate_up=cut) if half == "gate_up" else replace(config, down=cut)
 
 
 def some_tiles(shape: Shape, config: Config, half: str, most: int, draw: random.Random) -> list[Tiles]:

@@ -7,11 +7,11 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from loader.bench import ours
-from loader.bench.candidates import candidates, some_tiles
+from loader.bench.candidates import candidates, some_tiles, with_tiles
 from loader.bench.problem import Problem
 from loader.bench.report import first_line
 from loader.bench.timing import microseconds, settle
@@ -72,15 +72,11 @@ def search(
 
     best = round_of([*start, *candidates(shape, tokens, multiprocessors(device))[:most]])
     for half in ("gate_up", "down"):
-        best = round_of([_with(best, half, each) for each in some_tiles(shape, best, half, most, draw)])
+        best = round_of([with_tiles(best, half, each) for each in some_tiles(shape, best, half, most, draw)])
     if math.isinf(times[best]):
         raise BenchError(f"of {len(times)} configurations none runs for {shape} with {tokens} tokens: {reason}")
     ran = sum(math.isfinite(each) for each in times.values())
     return Best(config=best, microseconds=times[best], tried=ran, failed=len(times) - ran)
-
-
-def _with(config: Config, half: str, tiles_: Any) -> Config:
-    return replace(config, gate_up=tiles_) if half == "gate_up" else replace(config, down=tiles_)
 
 
 def _compile(problem: Problem, configs: Sequence[Config]) -> None:

@@ -81,6 +81,8 @@ KINDS: Mapping[str, str] = MappingProxyType(
     }
 )
 """What the kernels compute in, by the format of the checkpoint: all that they have."""
+LARGE = 64
+"""Pairs of a block from which on products wait for their operands to come from the cache, and no longer from memory."""
 HOPPER_SHARED_BYTES = 227 << 10
 """Shared memory that one thread block may have, compute capability 9.0."""
 
@@ -140,13 +142,13 @@ def stage_bytes(shape: Shape, block_m: int, rows: int, tiles: Tiles, x_bytes: in
     return (tiles.block_n * rows * weight + block_m * x_bytes) * tiles.block_c
 
 
-def misfit(config: Config, shape: Shape) -> str | None:
-    """Why a configuration can't be one of this shape; None where it can."""
+def misfit(config: Config, format_name: str) -> str | None:
+    """Why no kernel of this format has such a configuration; None where one has."""
     for half in ("gate_up", "down"):
         tiles: Tiles = getattr(config, half)
-        if tiles.tokens_left and shape.format in PACKED:
-            return f"{shape.format} is unpacked into the left operand, so tokens_left of {half} must be false"
-        if tiles.tokens_left and shape.format == "fp8_block" and tiles.block_n > 128:
+        if tiles.tokens_left and format_name in PACKED:
+            return f"{format_name} is unpacked into the left operand, so tokens_left of {half} must be false"
+        if tiles.tokens_left and format_name == "fp8_block" and tiles.block_n > 128:
             return f"with tokens_left a tile of {half} has one scale, so block_n is 128 at most, not {tiles.block_n}"
     return None
 
@@ -182,17 +184,17 @@ def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
     """Of gate_up, which has two `rows` of weights to a column of the intermediate, or of down."""
     inner = shape.hidden_size if rows == 2 else shape.width
     walks = 0 if rows == 2 else 4  # few steps make a tile of down, so that programs walk along several
-    if shape.format == "fp8_block" and block_m >= 64:
+    if shape.format == "fp8_block" and block_m >= LARGE:
         return Tiles(block_n=128 // rows, block_c=128, warps=block_m // 16, stages=4, group=8, tokens_left=True)
     if shape.format == "fp8_block":
         wide = block_m == 32 and rows == 1
         return Tiles(block_n=256 if wide else 128 // rows, block_c=128, warps=4, stages=4 - wide, programs=walks)
-    if shape.format in PACKED and block_m >= 64:
-        return Tiles(block_n=128 // rows, block_c=128, warps=4 if block_m == 64 else 8, stages=3, group=8)
+    if shape.format in PACKED and block_m >= LARGE:
+        return Tiles(block_n=128 // rows, block_c=128, warps=4 if block_m == LARGE else 8, stages=3, group=8)
     if shape.format in PACKED:
         block_n = 128 if rows == 1 else 32 if block_m == 16 else 64
         return Tiles(block_n=block_n, block_c=256 if inner >= 256 else 128, warps=4, stages=3, programs=walks)
-    if block_m >= 64:
+    if block_m >= LARGE:
         return Tiles(block_n=128, block_c=64, warps=8, stages=3, group=8, tokens_left=True)
     if shape.format == "fp32":  # tiles twice as wide in memory
         return Tiles(block_n=64 // rows, block_c=64, warps=4, stages=3)
