@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -76,10 +77,13 @@ def tiles(shape: Shape, config: Config, half: str) -> list[Tiles]:
                         continue
                     if stage_bytes(shape, config.block_m, rows, one) * stages > HOPPER_SHARED_BYTES:
                         continue
+                    # Sums of FP8 are scaled step by step; what else is large would wait for each step of a walk.
+                    walks = (0, 4) if half == "down" and (not large or shape.format == "fp8_block") else (0,)
                     if not large:
-                        found += [replace(one, programs=p) for p in ((0, 4) if half == "down" else (0,))]
+                        found += [replace(one, programs=p) for p in walks]
                         continue
-                    both = [replace(one, group=g, tokens_left=left) for g in (1, 8) for left in (False, True)]
+                    lefts = itertools.product((1, 8), (False, True), walks)
+                    both = [replace(one, group=g, tokens_left=left, programs=p) for g, left, p in lefts]
                     found += [each for each in both if not misfit(with_tiles(config, half, each), shape.format)]
     return found
 

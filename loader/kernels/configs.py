@@ -124,7 +124,7 @@ def default(
 def _block_m(shape: Shape, pairs: int, x_bytes: int) -> int:
     share = pairs / min(shape.n_slots, pairs)
     # With float32 both operands of FP8 are widened in shared memory, which has no room for more.
-    most = 32 if shape.format == "fp8_block" and x_bytes > 2 else 128 if share >= 256 else 64
+    most = 128 if shape.format != "fp8_block" else 64 if x_bytes <= 2 else 32
     return min(power_of_two(share, 16), most)
 
 
@@ -185,12 +185,14 @@ def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
     inner = shape.hidden_size if rows == 2 else shape.width
     walks = 0 if rows == 2 else 4  # few steps make a tile of down, so that programs walk along several
     if shape.format == "fp8_block" and block_m >= LARGE:
-        return Tiles(block_n=128 // rows, block_c=128, warps=block_m // 16, stages=4, group=8, tokens_left=True)
+        warps = block_m // 16
+        return Tiles(block_n=128 // rows, block_c=128, warps=warps, stages=4, group=8, programs=walks, tokens_left=True)
     if shape.format == "fp8_block":
         wide = block_m == 32 and rows == 1
         return Tiles(block_n=256 if wide else 128 // rows, block_c=128, warps=4, stages=4 - wide, programs=walks)
     if shape.format in PACKED and block_m >= LARGE:
-        return Tiles(block_n=128 // rows, block_c=128, warps=4 if block_m == LARGE else 8, stages=3, group=8)
+        # Shared memory for two thread blocks, of which one multiplies while the other one unpacks.
+        return Tiles(block_n=128 // rows, block_c=128, warps=4, stages=3 if shape.format == "mxfp4" else 2, group=8)
     if shape.format in PACKED:
         block_n = 128 if rows == 1 else 32 if block_m == 16 else 64
         return Tiles(block_n=block_n, block_c=256 if inner >= 256 else 128, warps=4, stages=3, programs=walks)

@@ -19,6 +19,8 @@ from loader.kernels.triton_device import INTERPRETED, await_previous
 from loader.kernels.triton_unpack import e8m0, factors, streams
 
 E4M3_MAX = tl.constexpr(448.0)
+HALVED = tl.constexpr(128)
+"""Pairs of a block from which on one that is half empty, as an expert's last can be, is computed half as high."""
 HALF_RUN = tl.constexpr(8)
 """Rows of gate, then rows of up, in turns within a tile: a thread's accumulators of ``wgmma`` are 8 rows apart."""
 
@@ -263,68 +265,145 @@ def gate_up(
 
     A packed format has x by streams (`prepare`), and leaves `out` in that order for `down`.
     """
-    STREAMED: tl.constexpr = (FORMAT == "int4_g32" or FORMAT == "mxfp4") and SPLITS == 1
     N_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
-    STEPS: tl.constexpr = ((D + BLOCK_C - 1) // BLOCK_C + SPLITS - 1) // SPLITS
+    HALVES: tl.constexpr = 1 if BLOCK_M >= HALVED and not PAIRWISE else 0
     await_previous(PDL)
     n = P if PAIRWISE else tl.load(n_blocks)
     for tile in range(tl.program_id(0), n * N_TILES * SPLITS, tl.num_programs(0)):
-        split = tile % SPLITS
         b, strip_n = _place_of(tile // SPLITS, n, N_TILES, GROUP)
-        begin_n = strip_n * BLOCK_N
-        expert, place_M, pair_M, here_M = _block(b, ids, order, blocks, E, K, PAIRWISE, BLOCK_M)
-        r = tl.arange(0, 2 * BLOCK_N)
-        # Rows beyond F are computed as the last one and never stored.
-        i = r // (2 * HALF_RUN) * HALF_RUN + r % HALF_RUN
-        f_N = tl.minimum(begin_n + _column(i, BLOCK_N, STREAMED), F - 1)
-        half_N = r // HALF_RUN % 2
-        row_N = expert.to(tl.int64) * (2 * F) + half_N * F + f_N
-        scale_row_N = row_N
-        UP: tl.constexpr = (F + 127) // 128
-        if FORMAT == "fp8_block" and TOKENS_LEFT:
-            tl.static_assert(BLOCK_N <= 128, "a tile's rows of gate have one scale")
-            scale_row_N = expert.to(tl.int64) * (2 * UP) + begin_n // 128
-        elif FORMAT == "fp8_block":
-            scale_row_N = (expert.to(tl.int64) * 2 + half_N) * UP + f_N // 128
-        accumulator = _no_sum(2 * BLOCK_N, BLOCK_M, TOKENS_LEFT)
-        for step in range(split * STEPS, (split + 1) * STEPS):
-            accumulator = _add_product(
-                accumulator,
-                x,
-                x_scale,
-                (pair_M // K).to(tl.int64),
-                here_M,
-                weight,
-                scale,
-                row_N,
-                scale_row_N,
-                step,
-                D,
-                D % (BLOCK_C * SPLITS) == 0,
-                FORMAT,
-                ASSEMBLY,
-                TOKENS_LEFT,
-                UP,
-                BLOCK_M,
-                2 * BLOCK_N,
-                BLOCK_C,
-            )
-        if BIASED:
-            b_N = tl.load(bias + row_N).to(tl.float32)
-            b_N = b_N if SPLITS == 1 else tl.where(split == 0, b_N, 0.0)
-            accumulator += b_N[None, :] if TOKENS_LEFT else b_N[:, None]
-        gate_MN, up_MN = _gate_and_up(accumulator, BLOCK_N, BLOCK_M, TOKENS_LEFT)
-        f = begin_n + _column(tl.arange(0, BLOCK_N), BLOCK_N, STREAMED)
-        mask = here_M[:, None] & (f[None, :] < F)
-        if STREAMED:
-            f = f % 4 * (F // 4) + f // 4
-        if SPLITS == 1:
-            h_MN = _gated(gate_MN, up_MN, LIMIT, ALPHA, UP_OFFSET)
-            tl.store(out + place_M[:, None].to(tl.int64) * F + f[None, :], h_MN.to(out.dtype.element_ty), mask=mask)
-        else:
-            at = out + (tl.cast(P, tl.int64) * split + place_M[:, None]) * (2 * F) + f[None, :]
-            tl.store(at, gate_MN, mask=mask)
-            tl.store(at + F, up_MN, mask=mask)
+        is_half = _is_half(b, blocks, HALVES, BLOCK_M)
+        for half in tl.static_range(HALVES + 1):
+            if is_half == (half == 1):
+                _tile_of_gate_up(
+                    b,
+                    strip_n * BLOCK_N,
+                    tile % SPLITS,
+                    x,
+                    x_scale,
+                    weight,
+                    scale,
+                    bias,
+                    ids,
+                    order,
+                    blocks,
+                    out,
+                    P,
+                    E,
+                    D,
+                    F,
+                    K,
+                    FORMAT,
+                    ASSEMBLY,
+                    PAIRWISE,
+                    LIMIT,
+                    ALPHA,
+                    UP_OFFSET,
+                    BIASED,
+                    SPLITS,
+                    TOKENS_LEFT,
+                    BLOCK_M >> half,
+                    BLOCK_N,
+                    BLOCK_C,
+                )
+
+
+@triton.jit
+def _is_half(b, blocks, HALVES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Whether block b has so few pairs that half of its height will do."""
+    if HALVES:
+        return tl.load(blocks + 3 * b + 2) - tl.load(blocks + 3 * b + 1) <= BLOCK_M // 2
+    else:
+        return False
+
+
+@triton.jit
+def _tile_of_gate_up(
+    b,
+    begin_n,
+    split,
+    x,
+    x_scale,
+    weight,
+    scale,
+    bias,
+    ids,
+    order,
+    blocks,
+    out,
+    P,
+    E,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    PAIRWISE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    BIASED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Of block b the columns from `begin_n` on, or the part of them that is `split`."""
+    STREAMED: tl.constexpr = (FORMAT == "int4_g32" or FORMAT == "mxfp4") and SPLITS == 1
+    STEPS: tl.constexpr = ((D + BLOCK_C - 1) // BLOCK_C + SPLITS - 1) // SPLITS
+    expert, place_M, pair_M, here_M = _block(b, ids, order, blocks, E, K, PAIRWISE, BLOCK_M)
+    r = tl.arange(0, 2 * BLOCK_N)
+    # Rows beyond F are computed as the last one and never stored.
+    i = r // (2 * HALF_RUN) * HALF_RUN + r % HALF_RUN
+    f_N = tl.minimum(begin_n + _column(i, BLOCK_N, STREAMED), F - 1)
+    half_N = r // HALF_RUN % 2
+    row_N = expert.to(tl.int64) * (2 * F) + half_N * F + f_N
+    scale_row_N = row_N
+    UP: tl.constexpr = (F + 127) // 128
+    if FORMAT == "fp8_block" and TOKENS_LEFT:
+        tl.static_assert(BLOCK_N <= 128, "a tile's rows of gate have one scale")
+        scale_row_N = expert.to(tl.int64) * (2 * UP) + begin_n // 128
+    elif FORMAT == "fp8_block":
+        scale_row_N = (expert.to(tl.int64) * 2 + half_N) * UP + f_N // 128
+    accumulator = _no_sum(2 * BLOCK_N, BLOCK_M, TOKENS_LEFT)
+    for step in range(split * STEPS, (split + 1) * STEPS):
+        accumulator = _add_product(
+            accumulator,
+            x,
+            x_scale,
+            (pair_M // K).to(tl.int64),
+            here_M,
+            weight,
+            scale,
+            row_N,
+            scale_row_N,
+            step,
+            D,
+            D % (BLOCK_C * SPLITS) == 0,
+            FORMAT,
+            ASSEMBLY,
+            TOKENS_LEFT,
+            UP,
+            BLOCK_M,
+            2 * BLOCK_N,
+            BLOCK_C,
+        )
+    if BIASED:
+        b_N = tl.load(bias + row_N).to(tl.float32)
+        b_N = b_N if SPLITS == 1 else tl.where(split == 0, b_N, 0.0)
+        accumulator += b_N[None, :] if TOKENS_LEFT else b_N[:, None]
+    gate_MN, up_MN = _gate_and_up(accumulator, BLOCK_N, BLOCK_M, TOKENS_LEFT)
+    f = begin_n + _column(tl.arange(0, BLOCK_N), BLOCK_N, STREAMED)
+    mask = here_M[:, None] & (f[None, :] < F)
+    if STREAMED:
+        f = f % 4 * (F // 4) + f // 4
+    if SPLITS == 1:
+        h_MN = _gated(gate_MN, up_MN, LIMIT, ALPHA, UP_OFFSET)
+        tl.store(out + place_M[:, None].to(tl.int64) * F + f[None, :], h_MN.to(out.dtype.element_ty), mask=mask)
+    else:
+        at = out + (tl.cast(P, tl.int64) * split + place_M[:, None]) * (2 * F) + f[None, :]
+        tl.store(at, gate_MN, mask=mask)
+        tl.store(at + F, up_MN, mask=mask)
 
 
 @triton.jit
@@ -384,6 +463,7 @@ def down(
     """
     N_TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (F + BLOCK_C - 1) // BLOCK_C
+    HALVES: tl.constexpr = 1 if BLOCK_M >= HALVED else 0
     await_previous(PDL)
     n = tl.load(n_blocks)
     n_mine = tl.cdiv(n * N_TILES, tl.num_programs(0))
@@ -424,33 +504,40 @@ def down(
                 accumulator = _no_sum(BLOCK_N, BLOCK_M, TOKENS_LEFT)
     else:
         for tile in range(first, last):
-            place_M, pair_M, here_M, d, row_N, scale_row_N = _tile_of_down(
-                tile, n, order, blocks, E, D, FORMAT, GROUP, TOKENS_LEFT, BLOCK_M, BLOCK_N
-            )
-            accumulator = _no_sum(BLOCK_N, BLOCK_M, TOKENS_LEFT)
-            for step in range(STEPS):
-                accumulator = _add_product(
-                    accumulator,
-                    hidden,
-                    hidden_scale,
-                    place_M.to(tl.int64),
-                    here_M,
-                    weight,
-                    scale,
-                    row_N,
-                    scale_row_N,
-                    step,
-                    F,
-                    F % BLOCK_C == 0,
-                    FORMAT,
-                    ASSEMBLY,
-                    TOKENS_LEFT,
-                    0,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_C,
-                )
-            _store_weighted(accumulator, bias, row_N, router_weights, pair_M, here_M, out, d, D, BIASED, TOKENS_LEFT)
+            b, _ = _place_of(tile, n, N_TILES, GROUP)
+            is_half = _is_half(b, blocks, HALVES, BLOCK_M)
+            for half in tl.static_range(HALVES + 1):
+                if is_half == (half == 1):
+                    M: tl.constexpr = BLOCK_M >> half
+                    place_M, pair_M, here_M, d, row_N, scale_row_N = _tile_of_down(
+                        tile, n, order, blocks, E, D, FORMAT, GROUP, TOKENS_LEFT, M, BLOCK_N
+                    )
+                    accumulator = _no_sum(BLOCK_N, M, TOKENS_LEFT)
+                    for step in range(STEPS):
+                        accumulator = _add_product(
+                            accumulator,
+                            hidden,
+                            hidden_scale,
+                            place_M.to(tl.int64),
+                            here_M,
+                            weight,
+                            scale,
+                            row_N,
+                            scale_row_N,
+                            step,
+                            F,
+                            F % BLOCK_C == 0,
+                            FORMAT,
+                            ASSEMBLY,
+                            TOKENS_LEFT,
+                            0,
+                            M,
+                            BLOCK_N,
+                            BLOCK_C,
+                        )
+                    _store_weighted(
+                        accumulator, bias, row_N, router_weights, pair_M, here_M, out, d, D, BIASED, TOKENS_LEFT
+                    )
 
 
 @triton.jit

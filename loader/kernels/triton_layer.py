@@ -25,10 +25,12 @@ from loader.kernels.configs import (
 )
 from loader.kernels.triton_device import is_nvidia, overlapping
 from loader.kernels.triton_experts import combine, down, down_by_token, gate_up, prepare
-from loader.kernels.triton_schedule import cut_blocks, schedule_small, sort_pairs
+from loader.kernels.triton_schedule import count_pairs, schedule_small, sort_pairs
 
 SMALL = 256
 """Pairs up to which one program makes the whole schedule."""
+CHUNKS = (128, 512)
+"""Pairs that one program sorts where they are more, at least and at most."""
 MOST_WORK = 2**31 - 1
 """Pairs and tiles are counted in int32 on the device."""
 
@@ -208,11 +210,30 @@ class _Call:
                 num_warps=8,
             )
             return made
-        experts = power_of_two(n_slots + 1)
-        room = torch.empty(2 * experts, dtype=torch.int32, device=ids.device)
-        chunk = min(power_of_two(self.pairs), 4096)
-        self.experts.launch(sort_pairs, (n_slots,), ids, router, made.order, room, self.pairs, n_slots, CHUNK=chunk)
-        self.experts.launch(cut_blocks, (1,), room, made.blocks, made.n, n_slots, EXPERTS=experts, BLOCK_M=block_m)
+        experts, (least, most) = power_of_two(n_slots + 1), CHUNKS
+        chunk = min(power_of_two(self.pairs // 128, least), most)
+        chunks = -(-self.pairs // chunk)
+        counts = torch.empty(chunks, experts, dtype=torch.int32, device=ids.device)
+        sizes = {"EXPERTS": experts, "CHUNK": chunk}
+        self.experts.launch(count_pairs, (chunks,), ids, router, counts, self.pairs, n_slots, **sizes)
+        self.experts.launch(
+            sort_pairs,
+            (chunks,),
+            ids,
+            router,
+            counts,
+            made.order,
+            made.blocks,
+            made.n,
+            self.pairs,
+            n_slots,
+            chunks,
+            ROWS=16,
+            COLUMNS=16,
+            BLOCK_M=block_m,
+            num_warps=8,
+            **sizes,
+        )
         return made
 
     def gate_up(self, schedule: _Schedule | None) -> tuple[Tensor, Tensor]:

@@ -73,8 +73,15 @@ def schedule_small(
         other = _experts(ids, weights, other_at, P, E)
         theirs = tl.load(opened + other_at)
         blocks_before += tl.where(other[None, :] < expert[:, None], theirs[None, :], 0)
-    block = tl.sum(blocks_before, 1) + rank // BLOCK_M
+    first_block = tl.sum(blocks_before, 1)
+    _note(order, blocks, at, expert, place, rank, count, first_block, here, BLOCK_M)
+
+
+@triton.jit
+def _note(order, blocks, at, expert, place, rank, count, first_block, here, BLOCK_M: tl.constexpr):
+    """Pairs `at` into their places, and what each says of its block: `rank` of `count` pairs of `expert` it is."""
     tl.store(order + place, at, mask=here)
+    block = first_block + rank // BLOCK_M
     opens = here & (rank % BLOCK_M == 0)
     tl.store(blocks + 3 * block, expert, mask=opens)
     tl.store(blocks + 3 * block + 1, place, mask=opens)
@@ -84,39 +91,58 @@ def schedule_small(
 
 
 @triton.jit
-def sort_pairs(ids, weights, order, spans, P, E, CHUNK: tl.constexpr, PDL: tl.constexpr = False):
-    """One program an expert: its pairs into their places in `order`, and ``spans`` ``(E, 2)``: first and end."""
+def count_pairs(ids, weights, counts, P, E, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr = False):
+    """One program a chunk: how many of its pairs each expert has, int32 ``(chunks, EXPERTS)``."""
     await_previous(PDL)
-    mine = tl.program_id(0)
-    before = tl.zeros((CHUNK,), dtype=tl.int32)
-    for begin in range(0, P, CHUNK):
-        expert = _experts(ids, weights, begin + tl.arange(0, CHUNK), P, E)
-        before += (expert < mine).to(tl.int32)
-    first = tl.sum(before, 0)
-    place = first
-    for begin in range(0, P, CHUNK):
-        at = begin + tl.arange(0, CHUNK)
-        is_mine = _experts(ids, weights, at, P, E) == mine
-        flag = is_mine.to(tl.int32)
-        tl.store(order + place + tl.cumsum(flag, 0) - flag, at, mask=is_mine)
-        place += tl.sum(flag, 0)
-    tl.store(spans + 2 * mine, first)
-    tl.store(spans + 2 * mine + 1, place)
+    chunk = tl.program_id(0)
+    expert = _experts(ids, weights, chunk * CHUNK + tl.arange(0, CHUNK), P, E)
+    tl.store(counts + chunk * EXPERTS + tl.arange(0, EXPERTS), tl.histogram(expert, EXPERTS))
 
 
 @triton.jit
-def cut_blocks(spans, blocks, n_blocks, E, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr = False):
-    """One program: the spans of `sort_pairs` cut into blocks of at most BLOCK_M."""
+def sort_pairs(
+    ids,
+    weights,
+    counts,
+    order,
+    blocks,
+    n_blocks,
+    P,
+    E,
+    CHUNKS,
+    EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr = False,
+):
+    """The whole schedule from what `count_pairs` counted, one program a chunk, each summing the counts up for itself.
+
+    ROWS chunks of counts are read at a time, and COLUMNS pairs of a chunk compared with all of it.
+    """
     await_previous(PDL)
+    chunk = tl.program_id(0)
     e = tl.arange(0, EXPERTS)
-    here = e < E
-    first = tl.load(spans + 2 * e, mask=here, other=0)
-    end = tl.load(spans + 2 * e + 1, mask=here, other=0)
-    n = (end - first + BLOCK_M - 1) // BLOCK_M
-    block = tl.cumsum(n, 0) - n
-    tl.store(n_blocks, tl.sum(n, 0))
-    for j in range(tl.max(n, 0)):
-        opens = j < n
-        tl.store(blocks + 3 * (block + j), e, mask=opens)
-        tl.store(blocks + 3 * (block + j) + 1, first + j * BLOCK_M, mask=opens)
-        tl.store(blocks + 3 * (block + j) + 2, tl.minimum(first + (j + 1) * BLOCK_M, end), mask=opens)
+    count, before = tl.zeros((ROWS, EXPERTS), tl.int32), tl.zeros((ROWS, EXPERTS), tl.int32)
+    for begin in range(0, CHUNKS, ROWS):
+        c = begin + tl.arange(0, ROWS)
+        here = (c[:, None] < CHUNKS) & (e[None, :] < E)
+        counted = tl.load(counts + c[:, None] * EXPERTS + e[None, :], mask=here, other=0)
+        count += counted
+        before += tl.where(c[:, None] < chunk, counted, 0)
+    count_E, before_E = tl.sum(count, 0), tl.sum(before, 0)
+    blocks_E = (count_E + BLOCK_M - 1) // BLOCK_M
+    if chunk == 0:
+        tl.store(n_blocks, tl.sum(blocks_E, 0))
+    at = chunk * CHUNK + tl.arange(0, CHUNK)
+    expert = _experts(ids, weights, at, P, E)
+    equal = tl.zeros((CHUNK, COLUMNS), tl.int32)
+    for begin in range(0, CHUNK, COLUMNS):
+        other_at = chunk * CHUNK + begin + tl.arange(0, COLUMNS)
+        other = _experts(ids, weights, other_at, P, E)
+        equal += ((expert[:, None] == other[None, :]) & (other_at[None, :] < at[:, None])).to(tl.int32)
+    rank = tl.gather(before_E, expert, 0) + tl.sum(equal, 1)
+    place = tl.gather(tl.cumsum(count_E, 0) - count_E, expert, 0) + rank
+    first_block = tl.gather(tl.cumsum(blocks_E, 0) - blocks_E, expert, 0)
+    _note(order, blocks, at, expert, place, rank, tl.gather(count_E, expert, 0), first_block, expert < E, BLOCK_M)

@@ -21,8 +21,9 @@ pytestmark = pytest.mark.kernels
 GPT_OSS = ExpertConfig(limit=7.0, alpha=1.702, up_offset=1.0)
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Of the norm. The interpreter cuts bf16 off where a device rounds, so that errors add up: up to 2**-8 for each."""
-FP8_TOLERANCE = 0.12
-"""Activations in E4M3 have three bits of mantissa; the interpreter cuts off here, too."""
+FP8_TOLERANCE = 0.25
+"""Activations, and what is between the products, are in E4M3 with three bits of mantissa; the interpreter cuts off,
+too, so that up to 2**-3 can be missing twice, of which a width of a few columns averages nothing out."""
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +55,8 @@ CONFIGS = [
     {"walked": 1, "block_m": 64},
     {"left": True},
     {"left": True, "walked": 1, "splits": 2},
+    {"block_m": 128},
+    {"block_m": 128, "left": True},
 ]
 FORMATS = ["bf16", "fp16", "fp32", "fp8_block", "int4_g32", "mxfp4"]
 
@@ -64,14 +67,18 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     format_name = draw(st.sampled_from(FORMATS))
     unit = 32 if format_name in ("int4_g32", "mxfp4") else draw(st.sampled_from([1, 7, 16]))
     slots = draw(st.integers(1, 12))
+    config = draw(st.sampled_from(CONFIGS))
+    few = [0, 1, 2, 3, 5]
     return {
         "format_name": format_name,
-        "hidden": unit * draw(st.integers(1, 9)),
+        # Of one number or two everything may cancel out, and what is left says nothing.
+        "hidden": max(5, unit * draw(st.integers(1, 9))),
         "width": unit * draw(st.integers(1, 5)),
         "slots": slots,
         "top_k": draw(st.integers(1, min(slots, 10))),
-        "tokens": draw(st.sampled_from([0, 1, 2, 3, 5, 17, 40])),
-        "config": draw(st.sampled_from(CONFIGS)),
+        # Pair by pair many are a minute's work for the interpreter.
+        "tokens": draw(st.sampled_from(few if config.get("by_token") else [*few, 17, 40])),
+        "config": config,
         "routing": draw(st.sampled_from(["random", "crowded", "same"])),
         "dropped": draw(st.booleans()),
         "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16])),
