@@ -17,6 +17,7 @@ from gatekeeper import MoeTensors, TensorInfo
 from loader.errors import VerificationError
 from loader.formats import Part
 from loader.formats.base import BIAS
+from loader.gathered import moved
 from loader.moe import Experts, MoELayer
 from loader.plan import LayerPlan, Rank
 from loader.raw import Matrix, Reader
@@ -27,25 +28,26 @@ Mlp = Mapping[str, Mapping[str, TensorInfo]]
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """One row, or column, of all slots of a projection."""
+    """One row, or column, of all slots of a parameter: of gate and of up, or of down."""
 
     held: Tensor
-    """``(S, N)`` of the layer, a view."""
+    """``(S, P, N)`` of the layer, a view; P projections."""
     expected: Tensor
-    """``(S, bytes)`` of the checkpoint."""
+    """``(S, P, bytes)`` of the checkpoint."""
     where: str
-    """``row 17 of gate``"""
+    """``row 17``"""
     name: str
     """``w13_weight``"""
-    infos: Sequence[TensorInfo]
-    """Whose rows they are, by slot."""
+    infos: Mapping[str, Sequence[TensorInfo]]
+    """Whose rows they are, by projection and slot."""
 
-    def differing(self) -> int | None:
-        """The first slot that holds something else; one copy from the device and one comparison for all of them."""
-        found = _bytes(self.held)
-        if torch.equal(found, self.expected):
+    def differing(self, found: Tensor) -> tuple[int, str] | None:
+        """The first slot and projection that hold something else; `found` is what is in `held`, on the CPU."""
+        found_SPN = _bytes(found)
+        if torch.equal(found_SPN, self.expected):
             return None
-        return int((found != self.expected).any(1).nonzero()[0])
+        slot, projection = (found_SPN != self.expected).any(2).nonzero()[0].tolist()
+        return slot, list(self.infos)[projection]
 
 
 def spots_of(
@@ -68,20 +70,22 @@ def spots_of(
     return spots
 
 
-def compare_rows(layer: MoELayer, spots: Sequence[Spot]) -> int:
+def compare_rows(layer: MoELayer, spots: Sequence[Spot], found: Sequence[Tensor] | None = None) -> int:
     """The number of rows, once the layer is filled; raises `VerificationError` at the first that differs, naming slot,
-    row and tensor."""
-    for spot in spots:
-        slot = spot.differing()
-        if slot is not None:
+    row and tensor. `found` is what is in ``held`` of each, where that was fetched from a device already."""
+    held = [spot.held for spot in spots]
+    for spot, each in zip(spots, moved(held, torch.device("cpu")) if found is None else found, strict=True):
+        if (differing := spot.differing(each)) is not None:
+            slot, projection = differing
             raise VerificationError(
                 f"layer {layer.index} (`{layer.name}`): slot {slot} of {spot.name} does not hold "
-                f"`{spot.infos[slot].name}`: {spot.where} differs; the layer was loaded wrongly",
+                f"`{spot.infos[projection][slot].name}`: {spot.where} of {projection} differs; the layer was loaded "
+                f"wrongly",
                 layer=layer.index,
                 figure=math.nan,
                 tolerance=0.0,
             )
-    return sum(len(spot.infos) for spot in spots)
+    return sum(len(infos) for spot in spots for infos in spot.infos.values())
 
 
 class _Draw:
@@ -97,21 +101,25 @@ class _Draw:
             projections = ("gate", "up") if name.startswith("w13_") else ("down",)
             stack_SRC = parameter.detach()
             stack_SRC = stack_SRC if stack_SRC.dim() == 3 else stack_SRC.unsqueeze(-1)
-            for held_SRC, projection in zip(stack_SRC.chunk(len(projections), 1), projections, strict=True):
-                infos = [mlp[projection][suffix] for mlp, _, _ in mlps]
-                wanted = [
-                    self._slice(info, part, projection, place, slices, held_SRC.shape[1:])
-                    for info, (_, place, slices) in zip(infos, mlps, strict=True)
+            held_SPRC = stack_SRC.unflatten(1, (len(projections), -1))
+            infos = {projection: [mlp[projection][suffix] for mlp, _, _ in mlps] for projection in projections}
+            wanted = [
+                [
+                    self._slice(info, part, projection, place, slices, held_SPRC.shape[2:])
+                    for info, (_, place, slices) in zip(infos[projection], mlps, strict=True)
                 ]
-                _, height, width = held_SRC.shape
-                if wanted[0].is_by_rows:
-                    line, kind = self._draw.randrange(height), "row"
-                    held, rows, columns = held_SRC[:, line], (line, line + 1), (0, width)
-                else:
-                    line, kind = self._draw.randrange(width), "column"
-                    held, rows, columns = held_SRC[..., line], (0, height), (line, line + 1)
-                expected = _bytes(self._reader.read([each.cut(rows, columns) for each in wanted]))
-                yield Spot(held, expected, f"{kind} {line} of {projection}", name, infos)
+                for projection in projections
+            ]
+            height, width = held_SPRC.shape[2:]
+            # One line of gate and up, so that the device gives both at once.
+            if wanted[0][0].is_by_rows:
+                line, kind = self._draw.randrange(height), "row"
+                held, rows, columns = held_SPRC[:, :, line], (line, line + 1), (0, width)
+            else:
+                line, kind = self._draw.randrange(width), "column"
+                held, rows, columns = held_SPRC[..., line], (0, height), (line, line + 1)
+            lines = [self._reader.read([one.cut(rows, columns) for one in each]).flatten(1) for each in wanted]
+            yield Spot(held, _bytes(torch.stack(lines, 1)), f"{kind} {line}", name, infos)
 
     def _slice(
         self, info: TensorInfo, part: Part | None, projection: str, place: int, slices: int, shape: Sequence[int]
@@ -136,5 +144,5 @@ def _all_of(tensors: MoeTensors, expert: int) -> Mlp:
     }
 
 
-def _bytes(rows_SN: Tensor) -> Tensor:
-    return rows_SN.cpu().contiguous().flatten(1).view(torch.uint8)
+def _bytes(rows_SPN: Tensor) -> Tensor:
+    return rows_SPN.contiguous().view(torch.uint8)
