@@ -257,6 +257,9 @@ def load_command(
                 f"(layer {worst.index}; allowed {worst.tolerance:.1e}), "
                 f"{count(sum(one.rows for one in found), 'row')} byte by byte"
             )
+            for one in found:
+                if one.backend is not None:
+                    click.echo(f"  layer {one.index}, {one.backend.text()}")
     if as_json:
         _print_json({"checkpoint": checkpoint, "runners": answers})
     context.exit(INCOMPLETE if strict and pending else 0)

@@ -130,6 +130,9 @@ def _from_facts_to_layers(path: Path, exhibit: Exhibit, rules: RuleSet, expected
         f"    verify: {click.style('equal', fg='green')} to the checkpoint's own weights, "
         f"at most {worst.figure:.1e} off (allowed {worst.tolerance:.1e})"
     )
+    for one in found:
+        if one.backend is not None:
+            click.echo(f"    layer {one.index}, {one.backend.text()}")
     if decision.state == "on":
         _, unfused = _decided(path, rules, server="disable")
         alone = prepare(path, unfused, rules, facts)

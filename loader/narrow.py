@@ -2,31 +2,32 @@
 
 ``y = sum over f of down[:, f] * silu(gate[f] @ x) * (up[f] @ x)``: each f adds its own term, so that a strip of them is
 a narrow expert; an x that is zero outside some columns needs no others of gate and up, and each number of y is a row of
-down. Verification compares strips, each expert's at another place, so that it need not unpack whole experts.
+down. Verification compares strips, each expert's at another place, so that it need not unpack whole experts. Strips
+leave a device packed as they are, and are computed on the CPU, where no kernel is compiled for their widths.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from loader.formats import Layout, Part
 from loader.formats.base import Span
+from loader.gathered import moved
 from loader.moe import Experts, MoELayer
 from loader.plan import LayerPlan, Rank
 from loader.raw import Matrix
-
-M = TypeVar("M", bound=nn.Module)
+from loader.twins import Routing, routed, shallow
 
 STRIP, HIDDEN_STRIP = 32, 256
 """Columns of the intermediate and of the hidden size in a strip, or of whole quantization blocks that are wider."""
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes of a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,43 +78,35 @@ class Strips:
             offset = slot * plan.width * slices + (self._rank.moe_tp_rank * plan.width if self._rank else 0)
             yield self._strip(plan.layout, self._spans[self.held[1] - self.held[0] + slot], offset)
 
-    def narrowed(self, layer: MoELayer, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> tuple[MoELayer, int]:
-        """`layer` with nothing but strips, for tokens cut to `hidden`, and how many experts are in it.
-
-        `weights_TK` and `ids_TK` are what its router says of `x_TD`.
-        """
-        plan = self._plan
-        slots_U, renumbered_TK = ids_TK.unique(return_inverse=True)
-        narrow = _shallow(layer)
-        narrow.router = _Fixed((weights_TK, renumbered_TK))
-        narrow.experts = self._cut(layer.experts, {slot: self._spans[slot] for slot in slots_U.tolist()}, plan.width)
+    def pieces(self, layer: MoELayer, slots: Sequence[int]) -> list[Piece]:
+        """Strips of `slots`, and of a shared expert on its own, in a layer that need not be filled yet."""
+        pieces = self._of(layer.experts, slots, [self._spans[slot] for slot in slots], self._plan.width)
         if layer.shared is not None:
-            narrow.shared = _shallow(layer.shared)
-            narrow.shared.experts = self._cut(layer.shared.experts, {0: self._shared_span}, plan.shared_width)
-            if layer.shared.gate is not None:
-                narrow.shared._modules["gate"] = _Fixed(layer.shared.gate(x_TD))
-        return narrow, len(slots_U) + (layer.shared is not None)
+            pieces += self._of(layer.shared.experts, [0], [self._shared_span], self._plan.shared_width)
+        indices = moved([index for piece in pieces for index in piece.indices], next(layer.parameters()).device)
+        return [replace(piece, indices=tuple(indices[3 * i : 3 * i + 3])) for i, piece in enumerate(pieces)]
 
-    def _cut(self, experts: Experts, spans: Mapping[int, Span], width: int) -> Experts:
-        narrow, d = _shallow(experts), self._plan.hidden_size
+    def _of(self, experts: Experts, slots: Sequence[int], spans: Sequence[Span], width: int) -> list[Piece]:
+        d, slots_U = self._plan.hidden_size, torch.tensor(slots)
+        pieces: list[Piece] = []
+
+        def add(name: str, rows: Sequence[Span], columns: Sequence[Span], up_from: int | None = None) -> None:
+            rows_UR = _counted(rows)
+            if up_from is not None:
+                rows_UR = torch.cat([rows_UR, rows_UR + up_from], 1)
+            indices = slots_U[:, None, None], rows_UR[:, :, None], _counted(columns)[:, None, :]
+            pieces.append(Piece(experts, name, tuple(slots), indices))
+
         if experts.w13_bias is not None:
-            b13, half = experts.w13_bias, experts.w13_bias.shape[1] // 2
-            gates = [b13[s, a:b] for s, (a, b) in spans.items()]
-            ups = [b13[s, half + a : half + b] for s, (a, b) in spans.items()]
-            narrow._parameters["w13_bias"] = _stacked(gates, ups)
+            add("w13_bias", spans, [(0, 1)], width)
         if experts.w2_bias is not None:
-            narrow._parameters["w2_bias"] = _stacked([experts.w2_bias[s, slice(*self.hidden)] for s in spans])
+            add("w2_bias", [self.hidden], [(0, 1)])
         for part in experts.layout.parts:
-            w13, w2 = getattr(experts, f"w13_{part.name}"), getattr(experts, f"w2_{part.name}")
-            half, columns = w13.shape[1] // 2, slice(*part.stored_columns(self.hidden, d))
-            rows = [(slot, part.stored_rows(span, width)) for slot, span in spans.items()]
-            gates = [w13[s, a:b, columns] for s, (a, b) in rows]
-            ups = [w13[s, half + a : half + b, columns] for s, (a, b) in rows]
-            narrow._parameters[f"w13_{part.name}"] = _stacked(gates, ups)
-            out = slice(*part.stored_rows(self.hidden, d))
-            downs = [w2[slot, out, slice(*part.stored_columns(span, width))] for slot, span in spans.items()]
-            narrow._parameters[f"w2_{part.name}"] = _stacked(downs)
-        return narrow
+            rows = [part.stored_rows(span, width) for span in spans]
+            add(f"w13_{part.name}", rows, [part.stored_columns(self.hidden, d)], part.shape(width, d)[0])
+            columns = [part.stored_columns(span, width) for span in spans]
+            add(f"w2_{part.name}", [part.stored_rows(self.hidden, d)], columns)
+        return pieces
 
     def _strip(self, layout: Layout, span: Span, offset: int) -> Strip:
         parts = {part.suffix: part for part in layout.parts}
@@ -143,15 +136,49 @@ def _items(span: Span, per_item: int | None) -> Span:
     return (0, 1) if per_item is None else (span[0] // per_item, -(-span[1] // per_item))
 
 
-class _Fixed(nn.Module):
-    """A router, or the gate of a shared expert, that has already answered."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What strips are of one parameter of stacked experts."""
 
-    def __init__(self, answer: object) -> None:
-        super().__init__()
-        self._answer = answer
+    experts: Experts
+    name: str
+    """``w13_weight``"""
+    slots: tuple[int, ...]
+    """U slots: (3, 17, 384)."""
+    indices: tuple[Tensor, ...]
+    """Slots ``(U, 1, 1)``, rows ``(U or 1, R, 1)`` and columns ``(U or 1, 1, C)`` as they are stored, on its device."""
 
-    def forward(self, x_TD: Tensor) -> object:
-        return self._answer
+    def numbers(self) -> Tensor:
+        """``(U, R, C)``, packed as they are; one call of the device, which is not waited for."""
+        stack_SRC = getattr(self.experts, self.name).detach()
+        stack_SRC = stack_SRC if stack_SRC.dim() == 3 else stack_SRC.unsqueeze(-1)
+        # As integers: not every device copies every small float.
+        found_URC: Tensor = stack_SRC.view(_INTEGERS[stack_SRC.dtype.itemsize])[self.indices]
+        return found_URC.view(stack_SRC.dtype)
+
+
+def narrowed(layer: MoELayer, pieces: Sequence[Piece], numbers: Sequence[Tensor], routing: Routing) -> MoELayer:
+    """`layer` with nothing but strips, the `numbers` of `pieces`, for tokens cut to `Strips.hidden`.
+
+    An id of `routing` whose strip isn't there has to weigh nothing.
+    """
+    renumbered = {slot: i for i, slot in enumerate(pieces[0].slots)}
+    ids_TK = torch.tensor([[renumbered.get(slot, 0) for slot in row] for row in routing.ids_TK.tolist()])
+    narrow = routed(layer, routing._replace(ids_TK=ids_TK))
+    narrow.experts = _cut(layer.experts, pieces, numbers)
+    if layer.shared is not None and narrow.shared is not None:
+        narrow.shared = shallow(narrow.shared)
+        narrow.shared.experts = _cut(layer.shared.experts, pieces, numbers)
+    return narrow
+
+
+def _cut(experts: Experts, pieces: Sequence[Piece], numbers: Sequence[Tensor]) -> Experts:
+    narrow = shallow(experts)
+    for piece, held_URC in zip(pieces, numbers, strict=True):
+        if piece.experts is experts:
+            strip = held_URC.flatten(1) if piece.name.endswith("_bias") else held_URC
+            narrow._parameters[piece.name] = nn.Parameter(strip, requires_grad=False)
+    return narrow
 
 
 def _places(count: int, layouts: Sequence[Layout], width: int, strip: int, draw: random.Random) -> list[Span]:
@@ -165,13 +192,6 @@ def _places(count: int, layouts: Sequence[Layout], width: int, strip: int, draw:
     return [(place, place + size) for place in places]
 
 
-def _shallow(module: M) -> M:
-    """A copy whose submodules and parameters can be replaced without touching the original."""
-    twin = copy.copy(module)
-    twin._modules, twin._parameters = dict(module._modules), dict(module._parameters)
-    return twin
-
-
-def _stacked(*halves: Sequence[Tensor]) -> nn.Parameter:
-    """A stack whose items are these, gate above up where there are two."""
-    return nn.Parameter(torch.cat([torch.stack(list(each)) for each in halves], 1), requires_grad=False)
+def _counted(spans: Sequence[Span]) -> Tensor:
+    """The numbers in each of some spans of one size, ``(spans, size)``."""
+    return torch.tensor([first for first, _ in spans])[:, None] + torch.arange(spans[0][1] - spans[0][0])

@@ -7,41 +7,56 @@ What is compared, so that it costs little beside the load:
 
 - **The router** on all tokens: every weight of every chosen expert.
 - **A few tokens through the layer**, cut to a narrow strip of each expert they chose (`loader.narrow`): SwiGLU is
-  separable over the intermediate, so that a strip is an expert of its own. It finds what is wrong with the arithmetic
-  (packing, scales, gate and up, the weight of the shared expert) and with any slot a token chose, in any format.
+  separable over the intermediate, so that a strip is an expert of its own. It finds what is wrong with the meaning of
+  numbers (packing, scales, gate and up, the weight of the shared expert) and with any slot a token chose, in any
+  format. Strips are computed by `eager`, whatever the layer's backend.
+- **The backend**, on the first layer of each kind: those tokens by its kernels and by `eager` (`loader.backends`).
 - **One row of every tensor of every slot**, byte by byte (`loader.spots`): a slot swapped, never written or shifted,
   also where no token came by.
 
-What it can't find: single bytes that differ elsewhere. That each row of each slot was filled, from the right place, is
-what the ledger guarantees; the bytes themselves are the file system's.
+The host waits for a GPU three times a layer: twice to hand it tokens and the places of strips, once to fetch what is
+there.
+
+What it can't find: single bytes that differ elsewhere, and a backend that errs with other numbers of tokens only. That
+each row of each slot was filled, from the right place, is what the ledger guarantees; the bytes themselves are the file
+system's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from gatekeeper import Index, MoeTensors
 from loader.activation import ExpertConfig
+from loader.backends import BackendCheck, compute_dtype, fp8_roundings, kind_of, outputs
 from loader.checkpoint import Checkpoint, dtype_name
 from loader.errors import VerificationError
 from loader.formats import FORMATS
+from loader.formats.base import Span
+from loader.gathered import moved
+from loader.kernels import ON_TRITON
+from loader.kernels.eager import eager
 from loader.moe import MoELayer
-from loader.narrow import Strips
+from loader.narrow import Piece, Strips, narrowed
 from loader.plan import LayerPlan, Plan
 from loader.raw import Reader
 from loader.reference import Reference
 from loader.spots import Spot, compare_rows, spots_of
+from loader.twins import Routing, by_kernel, routed
 
 ROUTED_TOKENS = 16
 """Tokens that go through the router."""
 TOKENS = 2
 """Those of them that go through experts too: at top 8, up to 16 experts and the shared one."""
+WAY_OUT = "try --set server.moe_runner_backend=eager"
+"""What to do about a backend that is at fault."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +77,8 @@ class Verified:
     """Experts that they went through."""
     rows: int
     """Rows compared byte by byte, one of every tensor in every slot."""
+    backend: BackendCheck | None
+    """Of the first layer of its kind; None for others, and where the backend is `eager`."""
 
 
 def tolerance(formats: Iterable[str], dtype: torch.dtype, widest: int, experts: ExpertConfig | None = None) -> float:
@@ -82,7 +99,7 @@ def verify(
     *,
     tokens: int = TOKENS,
     seed: int = 0,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Verified, ...]:
     """Compare each of `layers` with `tensors` of `index`; see `Verifier`, which does the same while loading."""
     verifier = Verifier(plan, tensors, tokens=tokens, seed=seed, dtype=dtype)
@@ -95,8 +112,8 @@ def verify(
 class Verifier:
     """A check for `build`: runs a layer on random tokens and compares it with the checkpoint.
 
-    `tokens` go through experts, in `dtype`; None is the sharpest that the layer's backend has on its device, float32
-    or else bfloat16. Raises `VerificationError` where a figure is beyond its tolerance or not a number.
+    `tokens` go through experts, whose strips are computed in `dtype`. Raises `VerificationError` where a figure is
+    beyond its tolerance or not a number.
     """
 
     def __init__(
@@ -106,12 +123,13 @@ class Verifier:
         *,
         tokens: int = TOKENS,
         seed: int = 0,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._plan = plan
         self._tensors = {each.name: each for each in tensors}
         self._tokens, self._seed, self._dtype = tokens, seed, dtype
         self._found: list[Verified] = []
+        self._kinds: set[Hashable] = set()  # whose backend was compared
 
     @property
     def verified(self) -> tuple[Verified, ...]:
@@ -122,12 +140,9 @@ class Verifier:
     def __call__(self, layer: MoELayer, plan: LayerPlan, checkpoint: Checkpoint) -> Callable[[], None]:
         """Work out from the checkpoint what a layer must hold and compute; what is returned compares it once filled."""
         tensors, reader, seed = self._tensors[layer.name], Reader(checkpoint), self._seed + layer.index
-        dtype = self._dtype or sharpest(plan.backend, next(layer.parameters()).device)
-        names = [plan.format] + ([plan.shared_format] if plan.shared_format else [])
-        widest = max(plan.hidden_size, plan.width, plan.shared_width)
-        allowed = tolerance(names, dtype, widest, self._plan.experts)
+        allowed = self._tolerance(plan, self._dtype)
         count = max(ROUTED_TOKENS, self._tokens)
-        x_TD = random_tokens(count, plan.hidden_size, seed).to(dtype)
+        x_TD = random_tokens(count, plan.hidden_size, seed)
         strips = Strips(plan, self._plan.rank, seed)
         reference = Reference(reader, tensors, self._plan, strips)
         choices, clear_T = reference.choices(x_TD)
@@ -142,37 +157,45 @@ class Verifier:
         x_TD = x_TD[clear_T]
         choices = [choice for choice, clear in zip(choices, clear_T.tolist(), strict=True) if clear]
         some = slice(self._tokens)  # which go through experts too
+        weights_TS = reference.weights(x_TD, choices)
+        slots = weights_TS[some].any(0).nonzero().flatten().tolist() or [0]
         expected = _Expected(
             x_TD=x_TD,
-            weights_TS=reference.weights(x_TD, choices),
+            # Nothing is lost: the numbers are bf16's. So the router runs the kernels that serving runs.
+            there_TD=x_TD.bfloat16().to(next(layer.parameters()).device),
+            weights_TS=weights_TS,
             output_TD=reference.output(x_TD[some], choices[some]),
             spots=spots_of(layer, plan, self._plan.rank, tensors, reader, seed),
-            strips=strips,
+            pieces=strips.pieces(layer, slots),
+            hidden=strips.hidden,
             allowed=allowed,
         )
         return partial(self._compare, layer, plan, expected)
 
     @torch.no_grad()
     def _compare(self, layer: MoELayer, plan: LayerPlan, expected: _Expected) -> None:
-        there_TD = expected.x_TD.to(next(layer.parameters()).device)
-        weights_TK, ids_TK = layer.router(there_TD)
-        actual_TS = torch.zeros(expected.weights_TS.shape, dtype=torch.float64)
-        actual_TS.scatter_add_(1, ids_TK.cpu(), weights_TK.cpu().double())
+        allowed, some = expected.allowed, slice(self._tokens)
+        there = Routing.of(layer, expected.there_TD)
+        routing, numbers, rows = expected.fetched(there)
+        actual_TS = torch.zeros_like(expected.weights_TS)
+        actual_TS.scatter_add_(1, routing.ids_TK.long(), routing.weights_TK.double())
         figure = relative_error(actual_TS, expected.weights_TS)
-        some, strips, allowed = slice(self._tokens), expected.strips, expected.allowed
-        narrow, touched = strips.narrowed(layer, there_TD[some], weights_TK[some], ids_TK[some])
-        actual_TD = narrow(there_TD[some, slice(*strips.hidden)]).cpu().double()
-        figure = worse(figure, relative_error(actual_TD, expected.output_TD))
         if not figure <= allowed:  # also where it is NaN
-            raise VerificationError(
-                f"layer {layer.index} (`{layer.name}`) is off by {figure:.3g} of its largest output, allowed are "
-                f"{allowed:.3g} in {dtype_name(there_TD.dtype)}; the layer was loaded wrongly or its backend "
-                f"`{plan.backend}` is at fault: try --set server.moe_runner_backend=eager",
-                layer=layer.index,
-                figure=figure,
-                tolerance=allowed,
-            )
-        rows = compare_rows(layer, expected.spots)
+            own = f" or the router of its backend `{plan.backend}` is at fault: {WAY_OUT}"
+            why = f"the layer was loaded wrongly{own if plan.backend in ON_TRITON else ''}"
+            raise _off(layer, f"its router is off by {figure:.3g} of its largest weight", figure, allowed, why)
+        narrow = narrowed(layer, expected.pieces, numbers, routing.first(self._tokens))
+        x_TD = expected.x_TD[some, slice(*expected.hidden)].to(self._dtype)
+        actual_TD = by_kernel(narrow, eager)(x_TD).double()
+        figure = worse(figure, relative_error(actual_TD, expected.output_TD))
+        if not figure <= allowed:
+            what = f"strips of its experts are off by {figure:.3g} of their largest output"
+            raise _off(layer, what, figure, allowed, "the layer was loaded wrongly")
+        compared = compare_rows(layer, expected.spots, rows)
+        if expected.there_TD.device.type == "cpu":  # see `loader.backends`
+            backend = self._backend(narrow, plan, x_TD, whole=False)
+        else:
+            backend = self._backend(routed(layer, there.first(self._tokens)), plan, expected.there_TD[some], whole=True)
         self._found.append(
             Verified(
                 index=layer.index,
@@ -180,10 +203,34 @@ class Verifier:
                 figure=figure,
                 tolerance=allowed,
                 tokens=len(actual_TD),
-                experts=touched,
-                rows=rows,
+                experts=len(expected.pieces[0].slots) + (layer.shared is not None),
+                rows=compared,
+                backend=backend,
             )
         )
+
+    def _backend(self, layer: MoELayer, plan: LayerPlan, x_TD: Tensor, *, whole: bool) -> BackendCheck | None:
+        """Compare the backend with `eager` on a layer that is routed already, if it is the first of its kind."""
+        kind = kind_of(plan)
+        if plan.backend == "eager" or kind in self._kinds:
+            return None
+        self._kinds.add(kind)
+        dtype = compute_dtype(plan)
+        # Eager's numbers are float32, so that all roundings to `dtype` are the backend's: what a tolerance counts.
+        allowed = self._tolerance(plan, dtype) + fp8_roundings(plan) * torch.finfo(torch.float8_e4m3fn).eps
+        figure, name = relative_error(*outputs(layer, x_TD, dtype)), dtype_name(dtype)
+        if not figure <= allowed:
+            what = f"its backend `{plan.backend}` is off by {figure:.3g} of eager's largest output in {name}"
+            why = f"its numbers are as in the checkpoint, and the backend is at fault: {WAY_OUT}"
+            raise _off(layer, what, figure, allowed, why)
+        return BackendCheck(
+            backend=plan.backend, dtype=name, figure=figure, tolerance=allowed, tokens=len(x_TD), whole=whole
+        )
+
+    def _tolerance(self, plan: LayerPlan, dtype: torch.dtype) -> float:
+        names = [plan.format] + ([plan.shared_format] if plan.shared_format else [])
+        widest = max(plan.hidden_size, plan.width, plan.shared_width)
+        return tolerance(names, dtype, widest, self._plan.experts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,18 +239,31 @@ class _Expected:
 
     x_TD: Tensor
     """Tokens that the router sees; the first ones go through experts too."""
+    there_TD: Tensor
+    """The same in bf16, where the layer is."""
     weights_TS: Tensor
     """The router's, by slot."""
     output_TD: Tensor
     """Of the strips."""
     spots: Sequence[Spot]
-    strips: Strips
+    pieces: Sequence[Piece]
+    """Where the strips are."""
+    hidden: Span
+    """Columns of a token that strips take."""
     allowed: float
 
+    def fetched(self, routing: Routing) -> tuple[Routing, list[Tensor], list[Tensor]]:
+        """`routing`, the strips' numbers and the rows of spots, brought to the CPU in one transfer."""
+        answers = [each for each in routing if each is not None]
+        numbers, rows = [piece.numbers() for piece in self.pieces], [spot.held for spot in self.spots]
+        found = iter(moved([*answers, *numbers, *rows], torch.device("cpu")))
+        here = Routing(next(found), next(found), None if routing.gate_T1 is None else next(found))
+        return here, list(islice(found, len(numbers))), list(found)
 
-def sharpest(backend: str, device: torch.device) -> torch.dtype:
-    """The most exact dtype that a backend computes in; on a GPU `grouped_mm` has bfloat16 alone (torch 2.13)."""
-    return torch.bfloat16 if backend == "grouped_mm" and device.type != "cpu" else torch.float32
+
+def _off(layer: MoELayer, what: str, figure: float, allowed: float, why: str) -> VerificationError:
+    text = f"layer {layer.index} (`{layer.name}`): {what}, allowed are {allowed:.3g}; {why}"
+    return VerificationError(text, layer=layer.index, figure=figure, tolerance=allowed)
 
 
 def agreement(

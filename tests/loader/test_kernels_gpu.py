@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from gatekeeper import read_facts
+from loader import Verifier, build
 from loader.bench.candidates import candidates
 from loader.bench.problem import FORMATS, Model, problems, random_experts
 from loader.kernels.configs import default
 from loader.kernels.eager import eager
+from loader.planner import runner_layers
+from tests.loader.fakes import shipped
+from tests.loader.test_build import planned
 
 pytestmark = pytest.mark.gpu
 
@@ -38,6 +45,21 @@ def test_real_widths_by_every_way_to_walk_a_layer(device: str, format_name: str,
         actual = ours.call(problem, config)()
         error = float((actual.double() - expected.double()).norm() / expected.double().norm())
         assert error <= ACCURACY.get(format_name, USUAL_ACCURACY), config
+
+
+@pytest.mark.parametrize("on", [False, True], ids=["separate", "slot"])
+@pytest.mark.parametrize("format_name", ["bf16", "fp8_block", "int4_g32", "mxfp4"])
+def test_a_load_is_verified_and_its_backend_too(
+    device: str, made: Callable[..., Path], format_name: str, on: bool
+) -> None:
+    sizes = {"hidden": 512, "width": 512, "experts": 16}
+    folder = made(family="kimi_k25", format_name=format_name, shared_format=format_name, **sizes)
+    plan, index = planned(folder, on, backend="triton")
+    facts = read_facts(folder)
+    verifier = Verifier(plan, runner_layers(index, shipped().families["kimi_k25"], facts))
+    build(plan, index, device, check=verifier)
+    first, second = (one.backend for one in verifier.verified)
+    assert first and first.whole and 0 < first.figure <= first.tolerance and second is None
 
 
 @pytest.mark.parametrize("format_name", ["int4_g32", "mxfp4"])

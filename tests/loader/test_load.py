@@ -167,7 +167,16 @@ def test_load_json_has_decisions_plan_and_figures(made: Callable[..., Path]) -> 
     assert states["shared_experts_fusion"] == "on"
     assert found["plan"]["fusion"]["layers_fused"] == 2
     assert [one["index"] for one in found["verified"]] == [1, 2]
+    assert [one["backend"] for one in found["verified"]] == [None, None]  # eager, as the platform is not this one
     assert answer("load", made(**QUARK))["runners"][0]["verified"] is None
+
+
+def test_what_a_backend_came_to_is_said(made: Callable[..., Path]) -> None:
+    here = ("--platform", "here", "--set", "parallel.tp_size=1", "--set", "server.moe_runner_backend=grouped_mm")
+    first, second = answer("load", made(**QUARK), *here, "--verify")["runners"][0]["verified"]
+    assert first["backend"]["backend"] == "grouped_mm" and second["backend"] is None
+    assert 0 < first["backend"]["figure"] <= first["backend"]["tolerance"]
+    assert "  layer 1, backend grouped_mm against eager: " in invoke("load", made(**QUARK), *here, "--verify").stdout
 
 
 def test_parallel_sizes_divide_the_plan(made: Callable[..., Path]) -> None:

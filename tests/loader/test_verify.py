@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +24,17 @@ from loader import (
     build,
     verify,
 )
+from loader.backends import compute_dtype, fp8_roundings
 from loader.checkpoint import Checkpoint
+from loader.gathered import moved
+from loader.kernels import Kernel
+from loader.kernels.eager import eager
 from loader.planner import runner_layers
 from loader.rank import plan_of_rank
 from loader.raw import Reader
 from loader.spots import compare_rows, spots_of
 from loader.verify import relative_error, tolerance
+from tests.loader import fake_device
 from tests.loader.fakes import shipped
 from tests.loader.test_build import planned
 
@@ -39,6 +45,12 @@ CASES = {
     "deepseek_v3-fp8": {"family": "deepseek_v3", "format_name": "fp8_block", "experts": 16},
     "deepseek_v2-bf16": {"family": "deepseek_v2", "format_name": "bf16", "experts": 16},
     "glm4_moe-fp16": {"family": "glm4_moe", "format_name": "fp16", "experts": 8},
+}
+WIDE = {
+    "kimi_k25-int4": {"family": "kimi_k25", "format_name": "int4_g32", "shared_format": "int4_g32"},
+    "kimi_k25-mxfp4": {"family": "kimi_k25", "format_name": "mxfp4"},
+    "deepseek_v3-fp8": {"family": "deepseek_v3", "format_name": "fp8_block"},
+    "deepseek_v2-bf16": {"family": "deepseek_v2", "format_name": "bf16"},
 }
 FUSIBLE = {name: case for name, case in CASES.items() if name != "kimi_k25-int4"}
 
@@ -104,14 +116,122 @@ def test_a_wrong_number_is_an_error_with_layer_and_figure(made: Callable[..., Pa
     assert f"{caught.value.figure:.3g}" in str(caught.value)
 
 
+# -- the backend --------------------------------------------------------------------------------------------------
+
+
+def wrong_by(factor: float) -> Kernel:
+    return lambda x_TD, weights_TK, ids_TK, weights: eager(x_TD, weights_TK, ids_TK, weights) * factor
+
+
+def with_kernel(layers: tuple[MoELayer, ...], kernel: Kernel) -> tuple[MoELayer, ...]:
+    for layer in layers:
+        layer.experts.kernel = kernel
+        if layer.shared is not None:
+            layer.shared.experts.kernel = kernel
+    return layers
+
+
+@pytest.mark.parametrize("on", [False, True], ids=["separate", "slot"])
+def test_a_backend_that_computes_wrongly_is_named(made: Callable[..., Path], on: bool) -> None:
+    plan, index = planned(folder := made(**CASES["kimi_k25-mxfp4"]), on, backend="grouped_mm")
+    says = "layer 1 .*backend `grouped_mm` is off by 0.2.* is at fault: .*moe_runner_backend=eager"
+    with pytest.raises(VerificationError, match=says) as caught:
+        checked(folder, with_kernel(build(plan, index), wrong_by(1.25)), plan)
+    assert caught.value.tolerance < caught.value.figure
+    with pytest.raises(VerificationError, match="backend"):
+        checked(folder, with_kernel(build(plan, index), wrong_by(float("nan"))), plan)
+    # What was loaded wrongly is no fault of the backend.
+    layers = build(plan, index)
+    layers[0].experts.w2_weight_scale += 1
+    with pytest.raises(VerificationError, match=r"loaded wrongly$"):
+        checked(folder, layers, plan)
+
+
+def test_a_router_of_triton_kernels_may_be_at_fault_itself(made: Callable[..., Path]) -> None:
+    plan, index = planned(folder := made(**CASES["kimi_k25-mxfp4"]))
+    layers = build(plan, index)
+    layers[0].router.weight.copy_(layers[0].router.weight.flip(0).clone())
+    with pytest.raises(VerificationError, match=r"its router is off by .*; the layer was loaded wrongly$"):
+        checked(folder, layers, plan)
+    plan = dataclasses.replace(plan, layers=tuple(dataclasses.replace(one, backend="triton") for one in plan.layers))
+    with pytest.raises(VerificationError, match=r"wrongly or the router of its backend `triton` is at fault: try"):
+        checked(folder, layers, plan)
+
+
+def test_a_backend_runs_once_for_each_kind_of_layer_and_in_no_float32(made: Callable[..., Path]) -> None:
+    plan, index = planned(folder := made(**WIDE["kimi_k25-mxfp4"], width=512, experts=16), True, backend="grouped_mm")
+    called: list[torch.dtype] = []
+
+    def kernel(x_TD: torch.Tensor, *rest: Any) -> torch.Tensor:
+        assert x_TD.dtype != torch.float32
+        called.append(x_TD.dtype)
+        return eager(x_TD, *rest)
+
+    first, second = checked(folder, with_kernel(build(plan, index), kernel), plan)
+    assert first.backend and first.backend.backend == "grouped_mm" and not first.backend.whole
+    assert 0 < first.backend.figure <= first.backend.tolerance
+    assert second.backend is None and called == [torch.bfloat16]
+    # Another kind of layer is another kernel, maybe.
+    other = dataclasses.replace(plan.layers[1], dense_shared_from=5)
+    plan = dataclasses.replace(plan, layers=(plan.layers[0], other))
+    assert all(one.backend for one in checked(folder, with_kernel(build(plan, index), kernel), plan))
+    assert len(called) == 3
+    plan = dataclasses.replace(plan, layers=tuple(dataclasses.replace(one, backend="eager") for one in plan.layers))
+    assert not any(one.backend for one in checked(folder, build(plan, index), plan))
+
+
+@pytest.mark.parametrize("layout", [None, (1, 2, 2)], ids=str)
+@pytest.mark.parametrize("case", WIDE)
+@pytest.mark.parametrize("on", [False, True], ids=["separate", "slot"])
+def test_a_device_is_waited_for_three_times_a_layer(
+    made: Callable[..., Path], case: str, on: bool, layout: tuple[int, int, int] | None
+) -> None:
+    folder = made(**WIDE[case], width=512, layers=3, experts=16)
+    plan, index = planned(folder, on, 2 if case.startswith("deepseek_v2") else 1, backend="grouped_mm")
+    plan = plan if layout is None else plan_of_rank(plan, *layout)
+    widths: list[tuple[int, ...]] = []
+
+    def kernel(x_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, weights: Any) -> torch.Tensor:
+        widths.append(tuple(weights.dequantize(ids_TK[0, :1], x_TD.dtype)[1].shape[1:]))
+        return eager(x_TD, weights_TK, ids_TK, weights)
+
+    layers = with_kernel(build(plan, index), kernel)
+    facts = read_facts(folder)
+    verifier = Verifier(plan, runner_layers(index, shipped().families[str(facts.values["model.family"])], facts))
+    waits = []
+    with Checkpoint(index) as checkpoint:
+        for layer, layer_plan in zip(layers, plan.layers, strict=True):
+            fake_device.put(layer)
+            with fake_device.counted() as calls:
+                verifier(layer, layer_plan, checkpoint)()
+            waits.append(fake_device.synchronisations(calls))
+    assert all(each == 3 for each in waits[1:]) and waits[0] > 3  # the first one's backend is compared, by eager
+    checks = [one.backend for one in verifier.verified]
+    assert checks[0] and checks[0].whole and 0 < checks[0].figure <= checks[0].tolerance and not any(checks[1:])
+    assert set(widths) == {(64, plan.layers[0].width)} | (set() if on else {(64, plan.layers[0].shared_width)})
+
+
+def test_what_a_backend_may_differ_by(made: Callable[..., Path]) -> None:
+    plans = {name: planned(made(**case))[0].layers[0] for name, case in CASES.items()}
+    on_triton = {name: dataclasses.replace(plan, backend="triton") for name, plan in plans.items()}
+    assert {name for name, plan in on_triton.items() if fp8_roundings(plan)} == {"deepseek_v3-fp8"}
+    assert not any(fp8_roundings(plan) for plan in plans.values())
+    half = {name for name, plan in on_triton.items() if compute_dtype(plan) != torch.bfloat16}
+    assert half == {"glm4_moe-fp16"} and all(compute_dtype(plan) == torch.bfloat16 for plan in plans.values())
+
+
+@pytest.mark.parametrize("there", [torch.device("cpu"), fake_device.DEVICE], ids=str)
+def test_tensors_of_all_kinds_move_together(there: torch.device) -> None:
+    some = [torch.randn(3, 5), torch.tensor([[7]]), torch.arange(6).view(2, 3).T.to(torch.uint8), torch.randn(0, 4)]
+    some += [torch.randn(5).bfloat16(), torch.randn(7, 3).to(torch.float8_e4m3fn)[:, 1]]
+    with fake_device.counted() as calls:
+        for one, other in zip(some, moved(moved(some, there), torch.device("cpu")), strict=True):
+            assert one.dtype == other.dtype and torch.equal(one.float(), other.float())
+    assert fake_device.synchronisations(calls) == (0 if there.type == "cpu" else 2)
+
+
 # -- wide experts, of which only strips are computed --------------------------------------------------------------
 
-WIDE = {
-    "kimi_k25-int4": {"family": "kimi_k25", "format_name": "int4_g32", "shared_format": "int4_g32"},
-    "kimi_k25-mxfp4": {"family": "kimi_k25", "format_name": "mxfp4"},
-    "deepseek_v3-fp8": {"family": "deepseek_v3", "format_name": "fp8_block"},
-    "deepseek_v2-bf16": {"family": "deepseek_v2", "format_name": "bf16"},
-}
 LAYOUTS = [None, (1, 2, 1), (3, 4, 2), (1, 4, 4)]
 
 
