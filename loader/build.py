@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,6 +25,7 @@ from loader.errors import BuildError
 from loader.filling import Filling
 from loader.formats import Layout
 from loader.kernels import KERNELS, ON_TRITON
+from loader.kernels.triton_router import TritonRouter
 from loader.kernels.tuned import Table, find_table
 from loader.local_router import LocalRouter
 from loader.moe import (
@@ -41,6 +43,7 @@ from loader.transfer import Transfers
 
 SWITCH_SECONDS = 1e-4
 """About what a thread does with one piece under the interpreter's lock."""
+NO_TRITON = "install it, or try --set server.moe_runner_backend=grouped_mm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +238,8 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig, table:
         kernel = KERNELS[plan.backend]
     except KeyError:
         raise BuildError(f"no backend `{plan.backend}` in this loader; there are {', '.join(KERNELS)}") from None
+    if plan.backend in ON_TRITON and find_spec("triton") is None:
+        raise BuildError(f"backend `{plan.backend}` needs Triton, which is not installed; {NO_TRITON}")
     base = f"layers.{plan.index}."
     homes: dict[str, tuple[nn.Module, str]] = {}
     specs = {param.name.removeprefix(base): param for param in plan.params}
@@ -284,8 +289,6 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig, table:
 
 def _chooser(backend: str, routing: Router, n_shared: int, gate: SharedGate | None) -> nn.Module:
     if backend in ON_TRITON:
-        from loader.kernels.triton_router import TritonRouter  # Triton is installed where there is a GPU
-
         return TritonRouter(routing, n_shared, gate if n_shared else None)
     return SharedSlotRouter(routing, n_shared, gate) if n_shared else routing
 

@@ -30,7 +30,7 @@ from loader.kernels.triton_schedule import count_pairs, schedule_small, sort_pai
 SMALL = 256
 """Pairs up to which one program makes the whole schedule."""
 CHUNKS = (128, 512)
-"""Pairs that one program sorts where they are more, at least and at most."""
+"""Pairs that one program sorts where they are more, at least and at most: about 200 programs, if it can be."""
 MOST_WORK = 2**31 - 1
 """Pairs and tiles are counted in int32 on the device."""
 
@@ -211,7 +211,7 @@ class _Call:
             )
             return made
         experts, (least, most) = power_of_two(n_slots + 1), CHUNKS
-        chunk = min(power_of_two(self.pairs // 128, least), most)
+        chunk = min(power_of_two(self.pairs // 256, least), most)
         chunks = -(-self.pairs // chunk)
         counts = torch.empty(chunks, experts, dtype=torch.int32, device=ids.device)
         sizes = {"EXPERTS": experts, "CHUNK": chunk}
@@ -229,7 +229,7 @@ class _Call:
             n_slots,
             chunks,
             ROWS=16,
-            COLUMNS=16,
+            COLUMNS=16 if chunk == most else 32,
             BLOCK_M=block_m,
             num_warps=8,
             **sizes,

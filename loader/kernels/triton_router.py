@@ -1,14 +1,20 @@
-"""`loader.moe.Router`, with its shared slots where it has some, by our Triton kernels."""
+"""`loader.moe.Router`, with its shared slots where it has some, by our Triton kernels.
+
+Triton is imported by the first call: it takes as long as a layer of a terabyte takes to load.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-import triton
 from torch import Tensor, nn
 
-from loader.kernels.triton_choose import choose, router_logits
-from loader.kernels.triton_layer import Launch, launch
+from loader.kernels.configs import power_of_two
 from loader.moe import Router, SharedGate
+
+if TYPE_CHECKING:
+    from loader.kernels.triton_layer import Launch
 
 BLOCK_E, BLOCK_C = 64, 64
 MOST_SPLITS = 16
@@ -18,13 +24,18 @@ class TritonRouter(nn.Module):
     """Routed slots as `router` chooses them, then `n_shared` slots behind its experts that all tokens go to."""
 
     def __init__(
-        self, router: Router, n_shared: int = 0, gate: SharedGate | None = None, *, launch: Launch = launch
+        self, router: Router, n_shared: int = 0, gate: SharedGate | None = None, *, launch: Launch | None = None
     ) -> None:
+        """`launch`: what to do with a kernel; None: run it."""
         super().__init__()
         self.router, self.n_shared, self.gate, self.launch = router, n_shared, gate, launch
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """``topk_weights`` in float32 and ``topk_ids`` in int32, both ``(T, K + S)``."""
+        from loader.kernels.triton_choose import choose, router_logits
+        from loader.kernels.triton_layer import launch
+
+        run = self.launch or launch
         c, weight_ED = self.router.config, self.router.weight
         x_TD, (tokens, hidden), experts = x_TD.contiguous(), x_TD.shape, weight_ED.shape[0]
         slots = c.top_k + self.n_shared
@@ -32,12 +43,12 @@ class TritonRouter(nn.Module):
         ids = torch.empty(tokens, slots, dtype=torch.int32, device=x_TD.device)
         if not tokens:
             return weights, ids
-        block_t = min(max(triton.next_power_of_2(tokens), 16), 64)
+        block_t = min(power_of_two(tokens, 16), 64)
         tiles = -(-experts // BLOCK_E) * -(-tokens // block_t)
         # About two programs to a multiprocessor of the largest devices, each with some steps to overlap its loads.
         splits = max(1, min(MOST_SPLITS, 256 // tiles, hidden // (4 * BLOCK_C)))
         logits = torch.empty(splits, tokens, experts, dtype=torch.float32, device=x_TD.device)
-        self.launch(
+        run(
             router_logits,
             (-(-experts // BLOCK_E), -(-tokens // block_t), splits),
             x_TD,
@@ -54,7 +65,7 @@ class TritonRouter(nn.Module):
             num_stages=4 if weight_ED.dtype.itemsize == 2 else 2,
         )
         logit_bias, choice_bias = self.router.bias, self.router.e_score_correction_bias
-        self.launch(
+        run(
             choose,
             (tokens,),
             logits,
@@ -77,8 +88,8 @@ class TritonRouter(nn.Module):
             NORMALISED=c.norm_topk_prob,
             K=c.top_k,
             S=self.n_shared,
-            EXPERTS=triton.next_power_of_2(experts),
-            SLOTS=triton.next_power_of_2(slots),
+            EXPERTS=power_of_two(experts),
+            SLOTS=power_of_two(slots),
             num_warps=1 if experts <= 512 else 4,  # one warp finds its largest without waiting for others
         )
         return weights, ids

@@ -327,6 +327,22 @@ def test_devices_and_backends_that_are_not_here(made: Callable[..., Path]) -> No
         build(other, index)
 
 
+def test_a_backend_whose_library_is_missing(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a byte is read, and not at the first token."""
+    plan, index = planned(made(**SMALL), backend="triton")
+    monkeypatch.setattr(sys.modules["loader.build"], "find_spec", lambda name: None)
+    with pytest.raises(BuildError, match="backend `triton` needs Triton, which is not installed; install it, or try"):
+        build(plan, index)
+
+
+def test_a_load_does_not_wait_for_triton(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, index = planned(made(**SMALL), backend="triton")
+    monkeypatch.setattr(sys.modules["loader.build"], "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "triton", None)  # to import it is an error
+    (layer, *_) = build(plan, index)
+    assert type(layer.router).__name__ == "TritonRouter"
+
+
 @pytest.mark.gpu
 def test_layers_on_the_gpu_compute_what_they_compute_on_the_cpu(made: Callable[..., Path]) -> None:
     if not torch.cuda.is_available():
