@@ -39,6 +39,9 @@ def _skeletons(shape: Shape, tokens: int, multiprocessors: int) -> Iterator[Conf
         few = one_by_one(shape, tokens, multiprocessors)
         for splits in (1, 2, 4, 8):
             yield replace(few, splits=splits)
+        sorted_ = default(shape, tokens, multiprocessors, block_m=16)
+        for splits in (1, 2, 4):
+            yield replace(sorted_, splits=splits, by_pair=True)
     share = tokens * shape.top_k / shape.n_slots
     heights = [
         default(shape, tokens, multiprocessors, block_m=block_m)

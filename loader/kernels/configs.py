@@ -65,6 +65,13 @@ class Config:
     """Programs that share one tile's inner axis in gate_up; their parts are summed up before `down`."""
     by_token: bool = False
     """No schedule: pair by pair in gate_up, token by token in down, which sums up as well."""
+    by_pair: bool = False
+    """No schedule: pair by pair in both products."""
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether tokens of one expert are computed together; without, it is read again for each of them."""
+        return not (self.by_token or self.by_pair)
 
 
 BY_TOKEN = 4
@@ -104,8 +111,8 @@ def default(
     H200 liked better (benchmarks/README.md). `shared_bytes` are what one thread block may have; `block_m` is counted
     where it is not given, and else what the tiles are cut for. `x_bytes` are those of an activation, 4 for float32.
     """
-    # Other formats prepare activations, so that they may sort them as well.
-    if block_m is None and tokens <= 1 and KINDS[shape.format] == "plain":
+    alone = block_m is None and tokens <= 1  # no two tokens share an expert
+    if alone and KINDS[shape.format] == "plain":
         return replace(one_by_one(shape, tokens, multiprocessors, shared_bytes, x_bytes), splits=1)
     pairs = max(tokens * shape.top_k, 1)
     block_m = block_m or _block_m(shape, pairs, x_bytes)
@@ -117,6 +124,7 @@ def default(
         gate_up=gate_up,
         down=down,
         splits=min(power_of_two(2 * multiprocessors / tiles), most, 8),
+        by_pair=alone,
     )
     return fitting(config, shape, shared_bytes, x_bytes)
 

@@ -211,7 +211,7 @@ def prepare(
 
 
 @triton.jit
-def _block(b, ids, order, blocks, E, K, PAIRWISE: tl.constexpr, M: tl.constexpr):
+def _block(b, ids, order, blocks, E, PAIRWISE: tl.constexpr, M: tl.constexpr):
     """Expert, places, pairs and which of the M are there; PAIRWISE: block b is pair b, without any schedule."""
     m = tl.arange(0, M)
     if PAIRWISE:
@@ -351,7 +351,7 @@ def _tile_of_gate_up(
     """Of block b the columns from `begin_n` on, or the part of them that is `split`."""
     STREAMED: tl.constexpr = (FORMAT == "int4_g32" or FORMAT == "mxfp4") and SPLITS == 1
     STEPS: tl.constexpr = ((D + BLOCK_C - 1) // BLOCK_C + SPLITS - 1) // SPLITS
-    expert, place_M, pair_M, here_M = _block(b, ids, order, blocks, E, K, PAIRWISE, BLOCK_M)
+    expert, place_M, pair_M, here_M = _block(b, ids, order, blocks, E, PAIRWISE, BLOCK_M)
     r = tl.arange(0, 2 * BLOCK_N)
     # Rows beyond F are computed as the last one and never stored.
     i = r // (2 * HALF_RUN) * HALF_RUN + r % HALF_RUN
@@ -437,15 +437,18 @@ def down(
     scale,
     bias,
     router_weights,
+    ids,
     order,
     blocks,
     n_blocks,
     out,
+    P,
     E,
     D: tl.constexpr,
     F: tl.constexpr,
     FORMAT: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    PAIRWISE: tl.constexpr,
     BIASED: tl.constexpr,
     GROUP: tl.constexpr,
     TOKENS_LEFT: tl.constexpr,
@@ -463,9 +466,9 @@ def down(
     """
     N_TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (F + BLOCK_C - 1) // BLOCK_C
-    HALVES: tl.constexpr = 1 if BLOCK_M >= HALVED else 0
+    HALVES: tl.constexpr = 1 if BLOCK_M >= HALVED and not PAIRWISE else 0
     await_previous(PDL)
-    n = tl.load(n_blocks)
+    n = P if PAIRWISE else tl.load(n_blocks)
     n_mine = tl.cdiv(n * N_TILES, tl.num_programs(0))
     first = tl.program_id(0) * n_mine
     last = tl.minimum(first + n_mine, n * N_TILES)
@@ -474,7 +477,7 @@ def down(
         for at in range(first * STEPS, last * STEPS):
             step = at % STEPS
             place_M, pair_M, here_M, d, row_N, scale_row_N = _tile_of_down(
-                at // STEPS, n, order, blocks, E, D, FORMAT, GROUP, TOKENS_LEFT, BLOCK_M, BLOCK_N
+                at // STEPS, n, ids, order, blocks, E, D, FORMAT, PAIRWISE, GROUP, TOKENS_LEFT, BLOCK_M, BLOCK_N
             )
             accumulator = _add_product(
                 accumulator,
@@ -510,7 +513,7 @@ def down(
                 if is_half == (half == 1):
                     M: tl.constexpr = BLOCK_M >> half
                     place_M, pair_M, here_M, d, row_N, scale_row_N = _tile_of_down(
-                        tile, n, order, blocks, E, D, FORMAT, GROUP, TOKENS_LEFT, M, BLOCK_N
+                        tile, n, ids, order, blocks, E, D, FORMAT, PAIRWISE, GROUP, TOKENS_LEFT, M, BLOCK_N
                     )
                     accumulator = _no_sum(BLOCK_N, M, TOKENS_LEFT)
                     for step in range(STEPS):
@@ -544,11 +547,13 @@ def down(
 def _tile_of_down(
     tile,
     n,
+    ids,
     order,
     blocks,
     E,
     D: tl.constexpr,
     FORMAT: tl.constexpr,
+    PAIRWISE: tl.constexpr,
     GROUP: tl.constexpr,
     TOKENS_LEFT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -556,7 +561,7 @@ def _tile_of_down(
 ):
     """Of tile number `tile` of `n` blocks: places and pairs of its rows, which are there, and `_rows_of_down`."""
     b, strip = _place_of(tile, n, (D + BLOCK_N - 1) // BLOCK_N, GROUP)
-    expert, place_M, pair_M, here_M = _block(b, order, order, blocks, E, 1, False, BLOCK_M)
+    expert, place_M, pair_M, here_M = _block(b, ids, order, blocks, E, PAIRWISE, BLOCK_M)
     d, row_N, scale_row_N = _rows_of_down(expert, strip, D, FORMAT, TOKENS_LEFT, BLOCK_N)
     return place_M, pair_M, here_M, d, row_N, scale_row_N
 

@@ -109,7 +109,7 @@ class TritonExperts:
         if config.by_token:
             y_TD = call.down_by_token(call.gate_up(None), y_TD)
             return y_TD if base_TD is None else y_TD.add_(base_TD)
-        schedule = call.schedule()
+        schedule = None if config.by_pair else call.schedule()
         pairs_PD = call.down(call.gate_up(schedule), schedule)
         block = 512
         self.launch(
@@ -228,10 +228,10 @@ class _Call:
             self.pairs,
             n_slots,
             chunks,
-            ROWS=16,
+            ROWS=32 if chunk == most else 16,
             COLUMNS=16 if chunk == most else 32,
             BLOCK_M=block_m,
-            num_warps=8,
+            num_warps=16 if chunk == most else 8,
             **sizes,
         )
         return made
@@ -243,8 +243,7 @@ class _Call:
             out = torch.empty(c.splits, self.pairs, 2 * e.width, dtype=torch.float32, device=self.x.device)
         else:
             out = torch.empty(self.pairs, e.width, dtype=self.dtype, device=self.x.device)
-        n_blocks = self.pairs if schedule is None else schedule.most
-        order, blocks, count = (self.ids,) * 3 if schedule is None else (schedule.order, schedule.blocks, schedule.n)
+        n_blocks, walked = self._walked(schedule)
         e.launch(
             gate_up,
             self._grid(n_blocks * -(-e.width // t.block_n) * c.splits, t),
@@ -253,10 +252,7 @@ class _Call:
             e.w13,
             e.scale13,
             e.bias13 if e.bias13 is not None else e.w13,
-            self.ids,
-            order,
-            blocks,
-            count,
+            *walked,
             out,
             self.pairs,
             e.n_slots,
@@ -273,22 +269,24 @@ class _Call:
             return self._prepared(out, c.splits)
         return self._prepared(out) if self.form == "fp8" else (out, out)
 
-    def down(self, hidden: tuple[Tensor, Tensor], schedule: _Schedule) -> Tensor:
+    def down(self, hidden: tuple[Tensor, Tensor], schedule: _Schedule | None) -> Tensor:
+        """The weighted output of all pairs, ``(P, D)`` by pair."""
         e, t = self.experts, self.config.down
         out = torch.empty(self.pairs, e.hidden_size, dtype=self.dtype, device=self.x.device)
+        n_blocks, walked = self._walked(schedule)
         e.launch(
             down,
-            self._grid(schedule.most * -(-e.hidden_size // t.block_n), t),
+            self._grid(n_blocks * -(-e.hidden_size // t.block_n), t),
             *hidden,
             e.w2,
             e.scale2,
             e.bias2 if e.bias2 is not None else e.w2,
             self.router,
-            schedule.order,
-            schedule.blocks,
-            schedule.n,
+            *walked,
             out,
+            self.pairs,
             e.n_slots,
+            PAIRWISE=schedule is None,
             GROUP=t.group,
             TOKENS_LEFT=t.tokens_left,
             WALKS=t.programs > 0,
@@ -315,6 +313,12 @@ class _Call:
             **self._common(t),
         )
         return out
+
+    def _walked(self, schedule: _Schedule | None) -> tuple[int, tuple[Tensor, ...]]:
+        """How many blocks there are at most, and what says which: without a schedule one a pair, of which `ids` say."""
+        if schedule is None:
+            return self.pairs, (self.ids,) * 4
+        return schedule.most, (self.ids, schedule.order, schedule.blocks, schedule.n)
 
     def _common(self, tiles: Tiles) -> dict[str, Any]:
         return {

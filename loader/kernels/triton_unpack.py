@@ -78,11 +78,10 @@ def _mxfp4(quads, stream: tl.constexpr, scale, dtype: tl.constexpr):
 def _of_two_quads(constants: str, nibbles: Sequence[str], products: Sequence[tuple[str, str]]) -> tl.constexpr:
     """Assembly that takes two quads ($4) and the factor of each ($5), and leaves pairs of bf16 in $0 to $3.
 
-    `constants` sets registers; `nibbles` put nibble 0 to 3 of both quads into ``out``, with ``n`` and ``s`` to work
-    with. Each result then goes through fma with `products` (a factor and what is added): sm80 has no other bf16
-    arithmetic.
+    `constants` sets registers; `nibbles` put nibble 0 to 3 of both quads into ``out``, with ``n`` to work with. Each
+    result then goes through fma with `products` (a factor and what is added): sm80 has no other bf16 arithmetic.
     """
-    lines = [".reg .b32 n, s, a, b, zero;", "mov.b32 zero, 0x80008000;", constants]
+    lines = [".reg .b32 n, a, b, zero;", "mov.b32 zero, 0x80008000;", constants]
     lines += [text.format(out=f"${n}") for n, text in enumerate(nibbles)]
     lines += [f"fma.rn.bf16x2 ${n}, ${n}, {by}, {plus};" for by, plus in products for n in range(4)]
     return tl.constexpr("{\n" + "\n".join(lines) + "\n}")
@@ -100,15 +99,16 @@ _INT4 = _of_two_quads(
     [("a", "b"), ("$5", "zero")],
 )
 # The three bits below the sign, moved to the last of bf16's exponent and the first of its mantissa, are E2M1's number
-# times 2**-126, subnormal ones too. Where both move up, one multiplication moves the sign and them: it adds up two
-# shifts of a nibble, and keeps them off the units for bits, which are the busiest.
+# times 2**-126, subnormal ones too. One multiplication moves the sign and them: it adds up two shifts of a nibble, and
+# keeps them off the units for bits, which are the busiest. Both move up only in the first two nibbles of a quad, and
+# the last two are its first ones once it is shifted.
 _MXFP4 = _of_two_quads(
-    "",
+    ".reg .b32 h; shr.u32 h, $4, 8;",
     [
         "and.b32 n, $4, 0x000F000F; mul.lo.u32 n, n, 0x1040; and.b32 {out}, n, 0x81C081C0;",
         "and.b32 n, $4, 0x00F000F0; mul.lo.u32 n, n, 0x0104; and.b32 {out}, n, 0x81C081C0;",
-        "and.b32 n, $4, 0x0F000F00; shr.u32 n, n, 6; mul.lo.u32 n, n, 0x0410; and.b32 {out}, n, 0x81C081C0;",
-        "shr.u32 n, $4, 6; and.b32 n, n, 0x01C001C0; lop3.b32 {out}, $4, 0x80008000, n, 0xEA;",
+        "and.b32 n, h, 0x000F000F; mul.lo.u32 n, n, 0x1040; and.b32 {out}, n, 0x81C081C0;",
+        "and.b32 n, h, 0x00F000F0; mul.lo.u32 n, n, 0x0104; and.b32 {out}, n, 0x81C081C0;",
     ],
     [("$5", "zero")],
 )

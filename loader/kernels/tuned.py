@@ -52,7 +52,7 @@ class Table:
         nearest = min(measured, key=lambda n: (abs(math.log(n / tokens)), n))
         # What goes without a schedule reads an expert once for each token that chose it: never beyond what was timed.
         found = measured[nearest].config
-        if found.by_token and tokens > nearest:
+        if not found.is_scheduled and tokens > nearest:
             larger = [n for n in sorted(measured) if n > nearest]
             return measured[larger[0]].config if larger else None
         return found

@@ -48,6 +48,8 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 CONFIGS = [
     {"by_token": True},
     {"by_token": True, "splits": 2},
+    {"by_pair": True, "walked": 1},
+    {"by_pair": True, "splits": 2},
     {"splits": 3},
     {},
     {"block_m": 32},
@@ -77,7 +79,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         "slots": slots,
         "top_k": draw(st.integers(1, min(slots, 10))),
         # Pair by pair many are a minute's work for the interpreter.
-        "tokens": draw(st.sampled_from(few if config.get("by_token") else [*few, 17, 40])),
+        "tokens": draw(st.sampled_from(few if {"by_token", "by_pair"} & config.keys() else [*few, 17, 40])),
         "config": config,
         "routing": draw(st.sampled_from(["random", "crowded", "same"])),
         "dropped": draw(st.booleans()),
