@@ -26,7 +26,7 @@ from loader.filling import Filling
 from loader.formats import Layout
 from loader.kernels import KERNELS, ON_TRITON
 from loader.kernels.triton_router import TritonRouter
-from loader.kernels.tuned import Table, find_table
+from loader.kernels.tuned import find_table
 from loader.local_router import LocalRouter
 from loader.moe import (
     Experts,
@@ -97,8 +97,7 @@ def build(
     """
     index.require_sound()
     where = _device(device)
-    table = find_table(torch.cuda.get_device_name(where), tables) if where.type == "cuda" else None
-    skeletons = [assemble(layer, plan.router, plan.experts, table) for layer in plan.layers]
+    skeletons = [assemble(layer, plan.router, plan.experts) for layer in plan.layers]
     started = time.perf_counter()
     try:
         with (
@@ -107,7 +106,7 @@ def build(
             _Checks(check, checkpoint) as checks,
             Transfers(checkpoint, where, threads=threads) as transfers,
         ):
-            _fill_all(skeletons, where, checkpoint, transfers, moved, checks)
+            _fill_all(skeletons, where, checkpoint, transfers, moved, checks, lambda: _tune(skeletons, where, tables))
     except BaseException:
         # INVARIANT: a failed build holds no memory, even while its traceback keeps these frames alive.
         for skeleton in skeletons:
@@ -183,13 +182,18 @@ def _fill_all(
     transfers: Transfers,
     moved: Callable[[int], None],
     checks: _Checks,
+    meanwhile: Callable[[], None],
 ) -> None:
-    """Layer after layer; while one is waited for, the next one's transfers are already queued."""
+    """Layer after layer; while one is waited for, the next one's transfers are already queued.
+
+    `meanwhile` is called once, while the first layer is read, and before any is checked.
+    """
     names = sorted(checkpoint.index.tensors)
     under_way: list[tuple[Filling, Callable[[], None], Callable[[], None]]] = []
 
     def finish_first() -> None:
         filling, arrived, compare = under_way.pop(0)
+        filling.reckon()
         arrived()
         filling.account()
         compare()
@@ -198,6 +202,8 @@ def _fill_all(
         _allocate(skeleton, device)
         filling = Filling(skeleton.plan, skeleton.slots(), checkpoint.index, skeleton.parameter, names)
         under_way.append((filling, transfers.start(filling.transfers, moved), checks.expect(skeleton)))
+        if skeleton is skeletons[0]:
+            meanwhile()
         if len(under_way) > 1:
             finish_first()
     while under_way:
@@ -229,11 +235,8 @@ def _device(device: torch.device | str) -> torch.device:
     return where
 
 
-def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig, table: Table | None = None) -> _Skeleton:
-    """The modules that `plan` asks for, without memory; raises `BuildError` if they differ from its parameters.
-
-    `table` has what was measured on the device, for a backend that uses it.
-    """
+def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Skeleton:
+    """The modules that `plan` asks for, without memory; raises `BuildError` if they differ from its parameters."""
     try:
         kernel = KERNELS[plan.backend]
     except KeyError:
@@ -266,7 +269,6 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig, table:
             biases=biases,
             n_shared=n_shared,
             dense_shared_from=plan.dense_shared_from,
-            table=table if plan.backend == "triton" else None,
         )
         homes.update({f"{prefix}.{name}": (made, name) for name, _ in made.named_parameters()})
         return made
@@ -291,6 +293,14 @@ def _chooser(backend: str, routing: Router, n_shared: int, gate: SharedGate | No
     if backend in ON_TRITON:
         return TritonRouter(routing, n_shared, gate if n_shared else None)
     return SharedSlotRouter(routing, n_shared, gate) if n_shared else routing
+
+
+def _tune(skeletons: Sequence[_Skeleton], device: torch.device, tables: Path | None) -> None:
+    """Hand what was measured on the device to the layers whose backend uses it."""
+    stacks = [m for s in skeletons if s.plan.backend == "triton" for m in s.layer.modules() if isinstance(m, Experts)]
+    table = find_table(torch.cuda.get_device_name(device), tables) if stacks and device.type == "cuda" else None
+    for experts in stacks:
+        experts.table = table
 
 
 def _allocate(skeleton: _Skeleton, device: torch.device) -> None:

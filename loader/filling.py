@@ -30,7 +30,7 @@ class _Place(NamedTuple):
 
 
 class Filling:
-    """The transfers of one layer, and the ledger over them; `account` once they have been carried out."""
+    """The transfers of one layer, and the ledger over them: `reckon` while they are carried out, `account` after."""
 
     def __init__(
         self,
@@ -43,6 +43,7 @@ class Filling:
         """`slots` and `parameter` are of the layer as it was really allocated; `names`: all of the index, sorted."""
         self._plan, self._index, self._parameter = plan, index, parameter
         self._problems: list[str] = []
+        self._faults: list[str] = []
         self._fitting: list[Placement] = []
         self._places: dict[tuple[str, Span], _Place] = {}
         self._blocks: dict[object, Extent] = {}
@@ -58,17 +59,20 @@ class Filling:
         # Where something does not fit the load fails, so that there is nothing to be read for.
         self.transfers = [] if self._problems else [transfer for transfer in transfers if transfer]
 
-    def account(self) -> None:
-        """Raise `BuildError` with everything that does not add up in this layer."""
+    def reckon(self) -> None:
+        """Work out what would not add up if every byte arrived."""
         for p in self._fitting:
             self._ledger.write((p.param, p.expert), p.rows, p.key, p.source, p.again, p.view)
-        for key in self._plan.unused:
+        for key in [*self._plan.unused, *(note.key for note in self._plan.notes)]:
             self._ledger.read(key)
+        self._faults = self._ledger.faults()
+
+    def account(self) -> None:
+        """Raise `BuildError` with everything that does not add up in this layer."""
         for note, found in zip(self._plan.notes, self._found.tolist(), strict=True):
-            self._ledger.read(note.key)
             if not self._problems and found != list(note.shape):
                 self._problems.append(f"`{note.key}` says {found}, the weight is {list(note.shape)}")
-        problems = self._problems + self._ledger.faults()
+        problems = self._problems + self._faults
         if problems:
             shown = problems[:MAX_SHOWN]
             shown += [f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []

@@ -151,12 +151,12 @@ class Experts(nn.Module):
         biases: Mapping[str, torch.dtype] = MappingProxyType({}),
         n_shared: int = 0,
         dense_shared_from: int = 0,
-        table: Table | None = None,
     ) -> None:
         """The last `n_shared` of `n_experts` are shared experts' slots: see `ExpertWeights`."""
         super().__init__()
         self.layout, self.kernel = layout, kernel
-        self.n_shared, self.dense_shared_from, self.table = n_shared, dense_shared_from, table
+        self.n_shared, self.dense_shared_from = n_shared, dense_shared_from
+        self.table: Table | None = None
         self.config = config or ExpertConfig()
         for name, size in (("w13_bias", 2 * width), ("w2_bias", hidden_size)):
             self.register_parameter(name, empty_parameter((n_experts, size), biases[name]) if name in biases else None)

@@ -40,7 +40,7 @@ def _skeletons(shape: Shape, tokens: int, multiprocessors: int) -> Iterator[Conf
         for splits in (1, 2, 4, 8):
             yield replace(few, splits=splits)
         sorted_ = default(shape, tokens, multiprocessors, block_m=16)
-        for splits in (1, 2, 4):
+        for splits in dict.fromkeys((sorted_.splits, 4, 2)):
             yield replace(sorted_, splits=splits, by_pair=True)
     share = tokens * shape.top_k / shape.n_slots
     heights = [

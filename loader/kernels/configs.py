@@ -119,11 +119,13 @@ def default(
     gate_up, down = _tiles(shape, block_m, rows=2), _tiles(shape, block_m, rows=1)
     tiles = min(shape.n_slots, pairs) * -(-shape.width // gate_up.block_n)
     most = max(1, shape.hidden_size // (4 * gate_up.block_c))
+    # Where activations are prepared anyway, summing up the parts costs no launch.
+    wanted = (2 if KINDS[shape.format] == "plain" else 3) * multiprocessors / tiles
     config = Config(
         block_m=block_m,
         gate_up=gate_up,
         down=down,
-        splits=min(power_of_two(2 * multiprocessors / tiles), most, 8),
+        splits=min(power_of_two(wanted), most, 8),
         by_pair=alone,
     )
     return fitting(config, shape, shared_bytes, x_bytes)

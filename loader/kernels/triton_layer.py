@@ -256,7 +256,7 @@ class _Call:
             out,
             self.pairs,
             e.n_slots,
-            K=self.k,
+            self.k,
             PAIRWISE=schedule is None,
             SPLITS=c.splits,
             GROUP=t.group,

@@ -335,6 +335,20 @@ def test_a_backend_whose_library_is_missing(made: Callable[..., Path], monkeypat
         build(plan, index)
 
 
+@pytest.mark.parametrize("backend", ["triton", "triton_untuned"])
+def test_a_table_of_the_device_is_for_the_backend_that_uses_it(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    plan, _ = planned(made(**SMALL), backend=backend)
+    module, table = sys.modules["loader.build"], Table(device="NVIDIA H200", versions={})
+    monkeypatch.setattr(module, "find_spec", lambda name: object())
+    monkeypatch.setattr(module, "find_table", lambda device, folder: table)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: table.device)
+    skeletons = [module.assemble(layer, plan.router, plan.experts) for layer in plan.layers]
+    module._tune(skeletons, torch.device("cuda"), None)
+    assert all(s.layer.experts.table is (table if backend == "triton" else None) for s in skeletons)
+
+
 def test_a_load_does_not_wait_for_triton(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     plan, index = planned(made(**SMALL), backend="triton")
     monkeypatch.setattr(sys.modules["loader.build"], "find_spec", lambda name: object())
