@@ -64,12 +64,16 @@ def _resident() -> dict[str, int]:
     }
 
 
-def prepared(folder: Path, *, fused: bool, rank: int | None = None) -> Prepared:
-    """Decide and plan as the command does; fusion is forced, for no gate knows a model of so few experts."""
+def prepared(folder: Path, *, fused: bool, rank: int | None = None, device: str = "cpu") -> Prepared:
+    """Decide and plan as the command does; fusion is forced, for no gate knows a model of so few experts.
+
+    For a GPU it is decided for this machine, so that verification compares the backend that would serve there.
+    """
     rules = load_rules()
     request = "server.enforce_shared_experts_fusion" if fused else "server.disable_shared_experts_fusion"
     settings: dict[str, Any] = {request: True, "parallel.tp_size": TP_SIZE if rank is not None else 1}
-    facts: Facts = read_facts(folder, platform="mi355x", set=settings, rules=rules)
+    platform = "mi355x" if device == "cpu" else "here"
+    facts: Facts = read_facts(folder, platform=platform, set=settings, rules=rules)
     found = prepare(folder, decide(rules, facts), rules, facts, rank)
     assert {layer.shared for layer in found.plan.layers} == {"slot" if fused else "separate"}
     return found
@@ -215,7 +219,8 @@ def contender(name: str, folder: Path, threads: int, device: str, found: dict[st
 
         return lambda: fastsafetensors(folder, threads)
     with planning(found):
-        plan = prepared(folder, fused=name != "unfused", rank=RANK if name.startswith("rank") else None)
+        rank = RANK if name.startswith("rank") else None
+        plan = prepared(folder, fused=name != "unfused", rank=rank, device=device)
     return lambda: ours(plan, threads, device, verifies=name.endswith("verified"))
 
 

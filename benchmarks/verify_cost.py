@@ -46,7 +46,7 @@ def main() -> None:
     if not os.environ.keys() >= KEEPS_MEMORY.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEPS_MEMORY)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
-    plan = prepared(checkpoint(arguments.cache, SHAPES[arguments.shape]), fused=True)
+    plan = prepared(checkpoint(arguments.cache, SHAPES[arguments.shape]), fused=True, device=arguments.device)
     draw, pairs = random.Random(0), []
     timed(plan, arguments.threads, arguments.device, verifies=True)  # the first one touches the memory
     for _ in range(arguments.pairs):

@@ -23,6 +23,7 @@ from loader import BuildError, LayerPlan, MoELayer, Plan, build, build_plan
 from loader.checkpoint import Checkpoint
 from loader.filling import Filling
 from loader.formats import FORMATS
+from loader.kernels.tuned import Table
 from tests.loader.fakes import decided, shipped
 from tests.loader.surgery import rewrite
 
