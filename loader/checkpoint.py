@@ -103,10 +103,10 @@ class Checkpoint:
 
         Raises `CheckpointError` if the file can't be read, is not the one that was indexed, or has become too short.
         """
-        left = [memory for memory in memories if memory]
+        left, wanted = memories, sum(map(len, memories))
         try:
             shard = self._shard(infos[0].shard)
-            while left:
+            while wanted:
                 count = os.preadv(shard, left[:MOST_MEMORIES_A_READ], position)
                 if not count:
                     info = _at(infos, position)
@@ -114,8 +114,9 @@ class Checkpoint:
                         f"{info.shard}: `{info.name}` ends at byte {info.end}, the file now at {position}; it was cut "
                         "short while loading: download the shard again"
                     )
-                position += count
-                left = _after(left, count)
+                position, wanted = position + count, wanted - count
+                if wanted:
+                    left = _after(left, count)
         except OSError as error:
             info = _at(infos, position)
             raise CheckpointError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from gatekeeper import MoeTensors, TensorInfo
 from loader.errors import VerificationError
 from loader.formats import Part
-from loader.formats.base import BIAS
+from loader.formats.base import BIAS, Span
 from loader.gathered import moved
 from loader.moe import Experts, MoELayer
 from loader.plan import LayerPlan, Rank
@@ -103,36 +103,34 @@ class _Draw:
             stack_SRC = stack_SRC if stack_SRC.dim() == 3 else stack_SRC.unsqueeze(-1)
             held_SPRC = stack_SRC.unflatten(1, (len(projections), -1))
             infos = {projection: [mlp[projection][suffix] for mlp, _, _ in mlps] for projection in projections}
-            wanted = [
-                [
-                    self._slice(info, part, projection, place, slices, held_SPRC.shape[2:])
-                    for info, (_, place, slices) in zip(infos[projection], mlps, strict=True)
-                ]
-                for projection in projections
-            ]
             height, width = held_SPRC.shape[2:]
             # One line of gate and up, so that the device gives both at once.
-            if wanted[0][0].is_by_rows:
+            if self._reader.matrix(infos[projections[0]][0]).is_by_rows:
                 line, kind = self._draw.randrange(height), "row"
                 held, rows, columns = held_SPRC[:, :, line], (line, line + 1), (0, width)
             else:
                 line, kind = self._draw.randrange(width), "column"
                 held, rows, columns = held_SPRC[..., line], (0, height), (line, line + 1)
-            lines = [self._reader.read([one.cut(rows, columns) for one in each]).flatten(1) for each in wanted]
+            lines = []
+            for projection in projections:
+                wanted = [
+                    self._cut(info, part, projection, place, slices, rows, columns)
+                    for info, (_, place, slices) in zip(infos[projection], mlps, strict=True)
+                ]
+                lines.append(self._reader.read(wanted).flatten(1))
             yield Spot(held, _bytes(torch.stack(lines, 1)), f"{kind} {line}", name, infos)
 
-    def _slice(
-        self, info: TensorInfo, part: Part | None, projection: str, place: int, slices: int, shape: Sequence[int]
+    def _cut(
+        self, info: TensorInfo, part: Part | None, projection: str, place: int, slices: int, rows: Span, columns: Span
     ) -> Matrix:
-        """What a slot must hold; what does not divide along an axis is whole in every slice."""
-        matrix, (height, width) = self._reader.matrix(info), shape
-        top = left = 0
+        """What a slot must hold there; what does not divide along an axis is whole in every slice."""
+        matrix, top, left = self._reader.matrix(info), 0, 0
         if projection == "down":
             if part is not None and part.columns_per_item is not None:
                 left = matrix.width * place // slices
         elif part is None or part.rows_per_item is not None:
             top = matrix.height * place // slices
-        return matrix.cut((top, top + height), (left, left + width))
+        return matrix.cut((top + rows[0], top + rows[1]), (left + columns[0], left + columns[1]))
 
 
 def _all_of(tensors: MoeTensors, expert: int) -> Mlp:
