@@ -43,7 +43,6 @@ from loader.transfer import Transfers
 
 SWITCH_SECONDS = 1e-4
 """About what a thread does with one piece under the interpreter's lock."""
-NO_TRITON = "install it, or try --set server.moe_runner_backend=grouped_mm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +139,7 @@ class _Checks:
         self._check, self._checkpoint = check, checkpoint
         self._pool = ThreadPoolExecutor(1, "check")
         self._under_way: list[Future[None]] = []
+        self._expected: list[list[Callable[[], None]]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -148,6 +148,8 @@ class _Checks:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._pool.shutdown(cancel_futures=True)  # where all went well none is left
+        for expected in self._expected:  # a traceback may keep what would compare them
+            expected.clear()
 
     def expect(self, skeleton: _Skeleton) -> Callable[[], None]:
         """Start beside the filling of a layer, and give a function that goes on once it is filled."""
@@ -155,6 +157,7 @@ class _Checks:
             return lambda: None
         # Not the result of a future, which would keep what was read until the end of the load.
         expected: list[Callable[[], None]] = []
+        self._expected.append(expected)
         check, arguments = self._check, (skeleton.layer, skeleton.plan, self._checkpoint)
         self._submit(lambda: expected.append(check(*arguments)))
         # One thread does all in order: it is there by then, or its error is raised first.
@@ -186,7 +189,7 @@ def _fill_all(
 ) -> None:
     """Layer after layer; while one is waited for, the next one's transfers are already queued.
 
-    `meanwhile` is called once, while the first layer is read, and before any is checked.
+    `meanwhile` is called once, while the first layer is read, and before any is compared.
     """
     names = sorted(checkpoint.index.tensors)
     under_way: list[tuple[Filling, Callable[[], None], Callable[[], None]]] = []
@@ -242,7 +245,10 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Sk
     except KeyError:
         raise BuildError(f"no backend `{plan.backend}` in this loader; there are {', '.join(KERNELS)}") from None
     if plan.backend in ON_TRITON and find_spec("triton") is None:
-        raise BuildError(f"backend `{plan.backend}` needs Triton, which is not installed; {NO_TRITON}")
+        raise BuildError(
+            f"backend `{plan.backend}` needs Triton, which is not installed; install it (the extra `bench` has the "
+            "version that the kernels are tested with), or try --set server.moe_runner_backend=grouped_mm"
+        )
     base = f"layers.{plan.index}."
     homes: dict[str, tuple[nn.Module, str]] = {}
     specs = {param.name.removeprefix(base): param for param in plan.params}

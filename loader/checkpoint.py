@@ -103,7 +103,7 @@ class Checkpoint:
 
         Raises `CheckpointError` if the file can't be read, is not the one that was indexed, or has become too short.
         """
-        left, wanted = memories, sum(map(len, memories))
+        left, wanted = [memory for memory in memories if memory], sum(map(len, memories))
         try:
             shard = self._shard(infos[0].shard)
             while wanted:

@@ -43,7 +43,7 @@ class Filling:
         """`slots` and `parameter` are of the layer as it was really allocated; `names`: all of the index, sorted."""
         self._plan, self._index, self._parameter = plan, index, parameter
         self._problems: list[str] = []
-        self._faults: list[str] = []
+        self._faults: list[str] | None = None
         self._fitting: list[Placement] = []
         self._places: dict[tuple[str, Span], _Place] = {}
         self._blocks: dict[object, Extent] = {}
@@ -72,7 +72,9 @@ class Filling:
         for note, found in zip(self._plan.notes, self._found.tolist(), strict=True):
             if not self._problems and found != list(note.shape):
                 self._problems.append(f"`{note.key}` says {found}, the weight is {list(note.shape)}")
-        problems = self._problems + self._faults
+        if self._faults is None:
+            self.reckon()
+        problems = self._problems + (self._faults or [])
         if problems:
             shown = problems[:MAX_SHOWN]
             shown += [f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []

@@ -39,9 +39,9 @@ def _skeletons(shape: Shape, tokens: int, multiprocessors: int) -> Iterator[Conf
         few = one_by_one(shape, tokens, multiprocessors)
         for splits in (1, 2, 4, 8):
             yield replace(few, splits=splits)
-        sorted_ = default(shape, tokens, multiprocessors, block_m=16)
-        for splits in dict.fromkeys((sorted_.splits, 4, 2)):
-            yield replace(sorted_, splits=splits, by_pair=True)
+        pairwise = replace(default(shape, tokens, multiprocessors, block_m=16), by_pair=True)
+        for splits in dict.fromkeys((pairwise.splits, 4, 2)):
+            yield replace(pairwise, splits=splits)
     share = tokens * shape.top_k / shape.n_slots
     heights = [
         default(shape, tokens, multiprocessors, block_m=block_m)

@@ -118,14 +118,15 @@ def default(
     block_m = block_m or _block_m(shape, pairs, x_bytes)
     gate_up, down = _tiles(shape, block_m, rows=2), _tiles(shape, block_m, rows=1)
     tiles = min(shape.n_slots, pairs) * -(-shape.width // gate_up.block_n)
-    most = max(1, shape.hidden_size // (4 * gate_up.block_c))
+    steps = -(-shape.hidden_size // gate_up.block_c)
     # Where activations are prepared anyway, summing up the parts costs no launch.
     wanted = (2 if KINDS[shape.format] == "plain" else 3) * multiprocessors / tiles
     config = Config(
         block_m=block_m,
         gate_up=gate_up,
         down=down,
-        splits=min(power_of_two(wanted), most, 8),
+        # At most 8 parts, all of as many steps, and of four at least.
+        splits=max(n for n in range(1, min(power_of_two(wanted), max(1, steps // 4), 8) + 1) if steps % n == 0),
         by_pair=alone,
     )
     return fitting(config, shape, shared_bytes, x_bytes)
@@ -154,6 +155,8 @@ def stage_bytes(shape: Shape, block_m: int, rows: int, tiles: Tiles, x_bytes: in
 
 def misfit(config: Config, format_name: str) -> str | None:
     """Why no kernel of this format has such a configuration; None where one has."""
+    if config.by_token and config.by_pair:
+        return "by_token and by_pair are two ways to do without a schedule; one of them must be false"
     for half in ("gate_up", "down"):
         tiles: Tiles = getattr(config, half)
         if tiles.tokens_left and format_name in PACKED:

@@ -20,7 +20,8 @@ from loader.kernels.triton_unpack import e8m0, factors, streams
 
 E4M3_MAX = tl.constexpr(448.0)
 HALVED = tl.constexpr(128)
-"""Pairs of a block from which on one that is half empty, as an expert's last can be, is computed half as high."""
+"""Pairs of a block from which on one that is half empty, as an expert's last can be, is computed half as high, save
+where `down` walks."""
 HALF_RUN = tl.constexpr(8)
 """Rows of gate, then rows of up, in turns within a tile: a thread's accumulators of ``wgmma`` are 8 rows apart."""
 
@@ -476,8 +477,9 @@ def down(
         accumulator = _no_sum(BLOCK_N, BLOCK_M, TOKENS_LEFT)
         for at in range(first * STEPS, last * STEPS):
             step = at % STEPS
+            b, strip = _place_of(at // STEPS, n, N_TILES, GROUP)
             place_M, pair_M, here_M, d, row_N, scale_row_N = _tile_of_down(
-                at // STEPS, n, ids, order, blocks, E, D, FORMAT, PAIRWISE, GROUP, TOKENS_LEFT, BLOCK_M, BLOCK_N
+                b, strip, ids, order, blocks, E, D, FORMAT, PAIRWISE, TOKENS_LEFT, BLOCK_M, BLOCK_N
             )
             accumulator = _add_product(
                 accumulator,
@@ -507,13 +509,13 @@ def down(
                 accumulator = _no_sum(BLOCK_N, BLOCK_M, TOKENS_LEFT)
     else:
         for tile in range(first, last):
-            b, _ = _place_of(tile, n, N_TILES, GROUP)
+            b, strip = _place_of(tile, n, N_TILES, GROUP)
             is_half = _is_half(b, blocks, HALVES, BLOCK_M)
             for half in tl.static_range(HALVES + 1):
                 if is_half == (half == 1):
                     M: tl.constexpr = BLOCK_M >> half
                     place_M, pair_M, here_M, d, row_N, scale_row_N = _tile_of_down(
-                        tile, n, ids, order, blocks, E, D, FORMAT, PAIRWISE, GROUP, TOKENS_LEFT, M, BLOCK_N
+                        b, strip, ids, order, blocks, E, D, FORMAT, PAIRWISE, TOKENS_LEFT, M, BLOCK_N
                     )
                     accumulator = _no_sum(BLOCK_N, M, TOKENS_LEFT)
                     for step in range(STEPS):
@@ -545,8 +547,8 @@ def down(
 
 @triton.jit
 def _tile_of_down(
-    tile,
-    n,
+    b,
+    strip,
     ids,
     order,
     blocks,
@@ -554,13 +556,11 @@ def _tile_of_down(
     D: tl.constexpr,
     FORMAT: tl.constexpr,
     PAIRWISE: tl.constexpr,
-    GROUP: tl.constexpr,
     TOKENS_LEFT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Of tile number `tile` of `n` blocks: places and pairs of its rows, which are there, and `_rows_of_down`."""
-    b, strip = _place_of(tile, n, (D + BLOCK_N - 1) // BLOCK_N, GROUP)
+    """Of a strip of block b: places and pairs of its rows, which are there, and `_rows_of_down`."""
     expert, place_M, pair_M, here_M = _block(b, ids, order, blocks, E, PAIRWISE, BLOCK_M)
     d, row_N, scale_row_N = _rows_of_down(expert, strip, D, FORMAT, TOKENS_LEFT, BLOCK_N)
     return place_M, pair_M, here_M, d, row_N, scale_row_N

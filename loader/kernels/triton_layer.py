@@ -40,8 +40,9 @@ Launch = Callable[..., None]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run it, on the device of its first argument."""
-    kernel[grid](*arguments, **options, **overlapping(arguments[0].device))
+    """Run it, on the device of its first argument, whichever is the thread's current one."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **options, **overlapping(arguments[0].device))
 
 
 class TritonExperts:
@@ -315,7 +316,10 @@ class _Call:
         return out
 
     def _walked(self, schedule: _Schedule | None) -> tuple[int, tuple[Tensor, ...]]:
-        """How many blocks there are at most, and what says which: without a schedule one a pair, of which `ids` say."""
+        """How many blocks there are at most, and `ids`, `order`, `blocks` and `n_blocks` of a kernel.
+
+        Without a schedule a pair is a block, and what is not read gets `ids`.
+        """
         if schedule is None:
             return self.pairs, (self.ids,) * 4
         return schedule.most, (self.ids, schedule.order, schedule.blocks, schedule.n)

@@ -92,7 +92,10 @@ def _note(order, blocks, at, expert, place, rank, count, first_block, here, BLOC
 
 @triton.jit
 def count_pairs(ids, weights, counts, P, E, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr = False):
-    """One program a chunk: how many of its pairs each expert has, int32 ``(chunks, EXPERTS)``."""
+    """One program a chunk: how many of its pairs each expert has, int32 ``(chunks, EXPERTS)``.
+
+    EXPERTS is a power of two beyond E; number E counts pairs that are not computed.
+    """
     await_previous(PDL)
     chunk = tl.program_id(0)
     expert = _experts(ids, weights, chunk * CHUNK + tl.arange(0, CHUNK), P, E)
@@ -119,7 +122,8 @@ def sort_pairs(
 ):
     """The whole schedule from what `count_pairs` counted, one program a chunk, each summing the counts up for itself.
 
-    ROWS chunks of counts are read at a time, and COLUMNS pairs of a chunk compared with all of it.
+    ROWS chunks of `counts` are read at a time, and COLUMNS pairs of a chunk compared with all of it. What all programs
+    read grows with the square of the chunks: 40 us for 8192 tokens of 9 slots, 180 us for 32768 (one H200).
     """
     await_previous(PDL)
     chunk = tl.program_id(0)

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from gatekeeper import CheckpointError, Index, read_facts, read_index
 from loader import BuildError, LayerPlan, MoELayer, Plan, build, build_plan
 from loader.checkpoint import Checkpoint
+from loader.errors import TableError
 from loader.filling import Filling
 from loader.formats import FORMATS
 from loader.kernels.tuned import Table
@@ -332,7 +334,7 @@ def test_a_backend_whose_library_is_missing(made: Callable[..., Path], monkeypat
     """Before a byte is read, and not at the first token."""
     plan, index = planned(made(**SMALL), backend="triton")
     monkeypatch.setattr(sys.modules["loader.build"], "find_spec", lambda name: None)
-    with pytest.raises(BuildError, match="backend `triton` needs Triton, which is not installed; install it, or try"):
+    with pytest.raises(BuildError, match=r"backend `triton` needs Triton, .*; install it .*, or try"):
         build(plan, index)
 
 
@@ -348,6 +350,55 @@ def test_a_table_of_the_device_is_for_the_backend_that_uses_it(
     skeletons = [module.assemble(layer, plan.router, plan.experts) for layer in plan.layers]
     module._tune(skeletons, torch.device("cuda"), None)
     assert all(s.layer.experts.table is (table if backend == "triton" else None) for s in skeletons)
+
+
+def test_a_table_that_can_not_be_read_ends_the_load(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, index = planned(made(**SMALL))
+    module, built = sys.modules["loader.build"], []
+
+    def torn(skeletons: list[Any], device: torch.device, tables: Path | None) -> None:
+        built.extend(skeletons)
+        assert any(p.device.type != "meta" for p in skeletons[0].layer.parameters())  # it is under way
+        raise TableError("torn")
+
+    monkeypatch.setattr(module, "_tune", torn)
+    with pytest.raises(TableError, match="torn"):
+        build(plan, index)
+    memory = [p.untyped_storage().nbytes() for s in built for p in s.layer.parameters() if p.device.type != "meta"]
+    assert memory and sum(memory) == 0
+
+
+def test_a_failed_build_keeps_nothing_of_its_checks(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even while the error, and with it the frames it came through, is still looked at."""
+    plan, index = planned(made(**SMALL))
+    read: list[weakref.ref[Tensor]] = []
+    seen = threading.Event()
+
+    def look(layer: MoELayer, planned: LayerPlan, checkpoint: Checkpoint) -> Callable[[], None]:
+        expected = torch.zeros(1)
+        read.append(weakref.ref(expected))
+        seen.set()
+        return lambda: expected.add_(1) and None
+
+    def failing(filling: Filling) -> None:
+        assert seen.wait(20)
+        raise BuildError("does not add up")
+
+    monkeypatch.setattr(Filling, "account", failing)
+    with pytest.raises(BuildError) as caught:
+        build(plan, index, check=look)
+    assert caught.tb and read and not any(each() is not None for each in read)
+
+
+def test_an_account_is_never_empty(made: Callable[..., Path]) -> None:
+    """Nothing was written: also if nobody reckoned before."""
+    plan, index = planned(made(**SMALL))
+    layer = dataclasses.replace(plan.layers[0], placements=plan.layers[0].placements[1:])
+    module = sys.modules["loader.build"]
+    skeleton = module.assemble(layer, plan.router, plan.experts)
+    module._allocate(skeleton, torch.device("cpu"))
+    with pytest.raises(BuildError, match="does not add up"):
+        Filling(layer, skeleton.slots(), index, skeleton.parameter).account()
 
 
 def test_a_load_does_not_wait_for_triton(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,10 @@ pytestmark = pytest.mark.kernels
 GPT_OSS = ExpertConfig(limit=7.0, alpha=1.702, up_offset=1.0)
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Of the norm. The interpreter cuts bf16 off where a device rounds, so that errors add up: up to 2**-8 for each."""
-FP8_TOLERANCE = 0.25
-"""Activations, and what is between the products, are in E4M3 with three bits of mantissa; the interpreter cuts off,
-too, so that up to 2**-3 can be missing twice, of which a width of a few columns averages nothing out."""
+FP8_TOLERANCE = 0.12
+"""Activations in E4M3 have three bits of mantissa; the interpreter cuts off here, too."""
+NARROW_FP8_TOLERANCE = 0.25
+"""Up to 2**-3 can be missing twice, in x and in what is between the products; a few columns average nothing out."""
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +61,8 @@ CONFIGS = [
     {"block_m": 128},
     {"block_m": 128, "left": True},
 ]
+WAYS = [{"by_token": True}, {"by_token": True, "splits": 2}, {"by_pair": True, "splits": 2}, {"splits": 3}, {}]
+"""Each way to walk a layer, with and without parts."""
 FORMATS = ["bf16", "fp16", "fp32", "fp8_block", "int4_g32", "mxfp4"]
 
 
@@ -126,8 +129,22 @@ def test_the_kernels_compute_what_the_reference_does(layer: Any, call: dict[str,
     expected = eager(x.to(dtype).float(), weights, ids, experts)
     assert actual.dtype == dtype
     assert actual.shape == expected.shape
-    tolerance = TOLERANCES[dtype] if of != "fp8_block" or dtype == torch.float32 else FP8_TOLERANCE
+    tolerance = TOLERANCES[dtype]
+    if of == "fp8_block" and dtype != torch.float32:
+        tolerance = FP8_TOLERANCE if min(call["hidden"], call["width"]) >= 32 else NARROW_FP8_TOLERANCE
     assert relative(actual, expected) <= tolerance
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("walked", [0, 1])
+def test_blocks_of_128_that_are_full_and_half_empty(layer: Any, left: bool, walked: int) -> None:
+    experts = stack("bf16", slots=2, hidden=48, width=32)
+    call = {"seed": 8, "tokens": 170, "slots": 2, "top_k": 1, "hidden": 48, "routing": "random", "dropped": False}
+    x, weights, ids = routed(call)
+    ids[:150], ids[150:] = 0, 1  # a whole block and 22 pairs; 20 pairs
+    config = small_tiles("bf16", block_m=128, left=left, walked=walked)
+    actual = layer.TritonExperts(experts)(x, weights, ids, config=config)
+    assert relative(actual, eager(x, weights, ids, experts)) <= TOLERANCES[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -160,7 +177,7 @@ def test_the_configuration_by_counting_is_right_too(layer: Any, format_name: str
     assert relative(actual, eager(x, weights, ids, experts)) <= TOLERANCES[torch.float32]
 
 
-@pytest.mark.parametrize("config", CONFIGS[:4])
+@pytest.mark.parametrize("config", WAYS)
 def test_what_weighs_nothing_stays_out(layer: Any, config: dict[str, Any]) -> None:
     """A token without a weight may be NaN, or infinite: nobody else sees it, and it comes out as 0."""
     experts = stack("bf16", slots=5, hidden=48, width=32)
@@ -174,7 +191,7 @@ def test_what_weighs_nothing_stays_out(layer: Any, config: dict[str, Any]) -> No
     assert torch.equal(dirty[[1, 4]], torch.zeros(2, 48))
 
 
-@pytest.mark.parametrize("config", CONFIGS[:4])
+@pytest.mark.parametrize("config", WAYS)
 @pytest.mark.parametrize("bad", [-1, 5, 2**31 - 1, -(2**31)])
 def test_an_expert_that_does_not_exist_is_loud(layer: Any, config: dict[str, Any], bad: int) -> None:
     """Nothing outside of the stack is read, the token is NaN, and no other is."""
@@ -188,7 +205,7 @@ def test_an_expert_that_does_not_exist_is_loud(layer: Any, config: dict[str, Any
     assert relative(actual[[0, 1, 3]], expected[[0, 1, 3]]) <= TOLERANCES[torch.float32]
 
 
-@pytest.mark.parametrize("config", CONFIGS[:4])
+@pytest.mark.parametrize("config", WAYS)
 def test_a_weight_that_is_not_a_number_is_loud(layer: Any, config: dict[str, Any]) -> None:
     experts = stack("bf16", slots=4, hidden=32, width=16)
     call = {"seed": 4, "tokens": 3, "slots": 4, "top_k": 2, "hidden": 32, "routing": "random", "dropped": False}
@@ -199,7 +216,7 @@ def test_a_weight_that_is_not_a_number_is_loud(layer: Any, config: dict[str, Any
     assert actual[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("config", CONFIGS[:4])
+@pytest.mark.parametrize("config", WAYS)
 def test_strided_and_misaligned_inputs(layer: Any, config: dict[str, Any]) -> None:
     experts = stack("bf16", slots=4, hidden=33, width=17)
     generator = torch.Generator().manual_seed(5)
@@ -264,23 +281,37 @@ def test_formats_and_activations_that_the_kernels_do_not_have(layer: Any) -> Non
     tokens=st.integers(1, 120),
     slots=st.integers(1, 40),
     top_k=st.integers(1, 6),
-    block_m=st.sampled_from([16, 32, 64]),
+    block_m=st.sampled_from([16, 32, 64, 128]),
     routing=st.sampled_from(["random", "crowded", "same"]),
     dropped=st.booleans(),
+    chunks=st.sampled_from([(128, 512), (512, 512)]),
     seed=st.integers(0, 99),
 )
 def test_a_schedule_has_every_pair_once_in_blocks_of_one_expert(
-    layer: Any, tokens: int, slots: int, top_k: int, block_m: int, routing: str, dropped: bool, seed: int
+    layer: Any,
+    tokens: int,
+    slots: int,
+    top_k: int,
+    block_m: int,
+    routing: str,
+    dropped: bool,
+    chunks: tuple[int, int],
+    seed: int,
 ) -> None:
+    """Without those of weight 0, and of experts that don't exist; with chunks as few and as many pairs have them."""
     k = min(top_k, slots)
     call = {"seed": seed, "tokens": tokens, "slots": slots, "top_k": k, "hidden": 1, "routing": routing}
     _, weights, ids = routed({**call, "dropped": dropped})
+    strange = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.1
+    ids[strange] = torch.tensor([-1, -(2**31), slots, 2**31 - 1])[seed % 4]
     experts = layer.TritonExperts(stack("bf16", slots=slots, hidden=16, width=16))
     config = replace(small_tiles("bf16"), block_m=block_m)
-    schedule = layer._Call(experts, torch.zeros(tokens, 16), ids, weights, config).schedule()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer, "CHUNKS", chunks)
+        schedule = layer._Call(experts, torch.zeros(tokens, 16), ids, weights, config).schedule()
     n = int(schedule.n)
     assert n <= schedule.most
-    computed = (weights != 0).flatten()
+    computed = ((weights != 0) & (ids >= 0) & (ids < slots)).flatten()
     expected = [p for p in ids.flatten().argsort(stable=True).tolist() if computed[p]]
     assert schedule.order[: len(expected)].tolist() == expected
     place = 0

@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 
 from loader.errors import TableError
 from loader.kernels import tuned
-from loader.kernels.configs import Config, Shape, Tiles, default
+from loader.kernels.configs import Config, Shape, Tiles, default, misfit
 from loader.kernels.tuned import Measured, Table, file_name, find_table, read_table
 
 SHAPE = Shape(format="int4_g32", n_slots=385, hidden_size=7168, width=256, top_k=9)
@@ -53,6 +53,42 @@ def test_what_was_not_measured_has_no_configuration() -> None:
     assert table(1).config(other, 1) is None
     assert table().config(SHAPE, 1) is None
     assert table(1).config(SHAPE, 0) is None
+
+
+def test_pair_by_pair_is_not_stretched_to_more_tokens_than_were_timed() -> None:
+    made = table(1, 4, 16, by_token=True)
+    for count in (1, 4):
+        one = made.configs[SHAPE][count]
+        made.configs[SHAPE][count] = replace(one, config=replace(one.config, by_token=False, by_pair=True))
+    found = made.config(SHAPE, 5)
+    assert found is not None and found.is_scheduled
+    del made.configs[SHAPE][16]
+    assert made.config(SHAPE, 5) is None
+
+
+def test_a_configuration_goes_without_a_schedule_in_one_way() -> None:
+    assert misfit(Config(block_m=16, gate_up=TILES, down=TILES, by_token=True, by_pair=True), "bf16")
+    assert not misfit(Config(block_m=16, gate_up=TILES, down=TILES, by_pair=True), "bf16")
+
+
+@pytest.mark.parametrize(
+    ("format_name", "tokens", "x_bytes", "block_m"),
+    [("bf16", 4096, 2, 128), ("mxfp4", 4096, 2, 128), ("int4_g32", 1024, 2, 32), ("fp8_block", 8192, 2, 64),
+     ("fp8_block", 8192, 4, 32), ("int4_g32", 2000, 2, 64)],
+)  # fmt: skip
+def test_blocks_are_as_high_as_what_an_expert_gets(format_name: str, tokens: int, x_bytes: int, block_m: int) -> None:
+    """In powers of two, up to what fits the registers and, of FP8, was fastest."""
+    shape = replace(SHAPE, format=format_name, n_slots=385, hidden_size=7168, width=256, top_k=9)
+    config = default(shape, tokens, 132, x_bytes=x_bytes)
+    assert config.block_m == block_m and config.is_scheduled
+
+
+@pytest.mark.parametrize("hidden", [64, 1000, 2880, 6144, 7168])
+@pytest.mark.parametrize("format_name", ["bf16", "fp8_block", "int4_g32"])
+def test_parts_have_as_many_steps_as_each_other(hidden: int, format_name: str) -> None:
+    for tokens in (1, 2, 4, 8):
+        config = default(replace(SHAPE, format=format_name, hidden_size=hidden), tokens, 132)
+        assert config.by_token or -(-hidden // config.gate_up.block_c) % config.splits == 0
 
 
 def test_token_by_token_is_not_stretched_to_more_tokens_than_were_timed() -> None:
@@ -113,7 +149,7 @@ def changed(change: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 2}, "has version 2, this loader reads version 1"),
+        ({"version": 1}, "has version 1, this loader reads version 2"),
         ({"version": None}, "has version None"),
         ({"device": "NVIDIA H100"}, "was measured on NVIDIA H100, this is NVIDIA H200"),
         ({"device": 7}, r"\$.device: 7 is not of type 'string'"),
