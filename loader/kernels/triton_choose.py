@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from loader.kernels.triton_device import await_previous
-from loader.kernels.triton_experts import _dot
+from loader.kernels.triton_product import dot
 
 
 @triton.jit
@@ -41,9 +41,9 @@ def router_logits(
             x + t[:, None].to(tl.int64) * D + c[None, :], mask=(t[:, None] < T) & (c[None, :] < D), other=0.0
         )
         if w_EC.dtype != x_TC.dtype:
-            total = _dot(w_EC.to(tl.float32), x_TC.to(tl.float32).T, total)
+            total = dot(w_EC.to(tl.float32), x_TC.to(tl.float32).T, total)
         else:
-            total = _dot(w_EC, x_TC.T, total)
+            total = dot(w_EC, x_TC.T, total)
     at = out + (tl.cast(T, tl.int64) * split + t[:, None]) * E + e[None, :]
     tl.store(at, total.T, mask=(t[:, None] < T) & (e[None, :] < E))
 

@@ -24,7 +24,9 @@ from loader.kernels.configs import (
     power_of_two,
 )
 from loader.kernels.triton_device import is_nvidia, overlapping
-from loader.kernels.triton_experts import combine, down, down_by_token, gate_up, prepare
+from loader.kernels.triton_down import combine, down, down_by_token
+from loader.kernels.triton_gate_up import gate_up
+from loader.kernels.triton_prepare import prepare
 from loader.kernels.triton_schedule import count_pairs, schedule_small, sort_pairs
 
 SMALL = 256

@@ -1,4 +1,4 @@
-"""Which pairs of token and slot go to which expert, sorted: what the grouped products of `triton_experts` walk along.
+"""Which pairs of token and slot go to which expert, sorted: what the grouped products walk along (`triton_walk`).
 
 Shapes: T tokens, K slots of a token, P = T * K pairs (pair ``t * K + k``), E slots of the stack. The schedule is
 

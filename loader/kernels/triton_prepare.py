@@ -1,0 +1,68 @@
+"""Rows of activations in the form that a product reads them, and the gate between the two products."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from loader.kernels.triton_device import await_previous
+
+E4M3_MAX = tl.constexpr(448.0)
+
+
+@triton.jit
+def gated(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr, UP_OFFSET: tl.constexpr):
+    """`loader.activation.ExpertConfig.gated` in float32, for silu."""
+    if LIMIT is not None:
+        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return gate * tl.sigmoid(gate * ALPHA) * (up + UP_OFFSET)
+
+
+@triton.jit
+def prepare(
+    source,
+    out,
+    scales,
+    P,
+    COLUMNS: tl.constexpr,
+    FORM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
+):
+    """Rows ``(P, COLUMNS)`` in the form that a product reads, into `out`.
+
+    With SPLITS, `source` is what a split `gate_up` left, float32 ``(SPLITS, P, 2 * COLUMNS)``, summed up and gated
+    here; with 0 it has the rows themselves. FORM: ``plain``; ``streams``, every fourth column from 0 on, then from 1 on
+    and so forth, as quads of packed numbers have them; ``fp8``, E4M3 with a float32 scale to each 128 columns, in
+    `scales` ``(P, COLUMNS / 128)``, as DeepSeek-V3 computes (arXiv 2412.19437, section 3.3).
+    """
+    await_previous(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here = c < COLUMNS
+    if SPLITS == 0:
+        value = tl.load(source + row * COLUMNS + c, mask=here, other=0.0)
+    else:
+        at = source + row * (2 * COLUMNS) + c
+        gate = tl.load(at, mask=here, other=0.0)
+        up = tl.load(at + COLUMNS, mask=here, other=0.0)
+        for split in tl.static_range(1, SPLITS):
+            part = at + tl.cast(P, tl.int64) * (2 * COLUMNS) * split
+            gate += tl.load(part, mask=here, other=0.0)
+            up += tl.load(part + COLUMNS, mask=here, other=0.0)
+        value = tl.where(here, gated(gate, up, LIMIT, ALPHA, UP_OFFSET), 0.0)
+    if FORM == "fp8":
+        wide = value.to(tl.float32).reshape(BLOCK // 128, 128)
+        scale = tl.maximum(tl.max(tl.abs(wide), 1), 1e-10) / E4M3_MAX
+        value = (wide / scale[:, None]).reshape(BLOCK)
+        b = tl.program_id(1) * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
+        BLOCKS: tl.constexpr = (COLUMNS + 127) // 128
+        tl.store(scales + row * BLOCKS + b, scale, mask=b < BLOCKS)
+    if FORM == "streams":
+        c = c % 4 * (COLUMNS // 4) + c // 4
+    tl.store(out + row * COLUMNS + c, value.to(out.dtype.element_ty), mask=here)
