@@ -96,6 +96,7 @@ def build(
     """
     index.require_sound()
     where = _device(device)
+    _require_libraries(plan)
     skeletons = [assemble(layer, plan.router, plan.experts) for layer in plan.layers]
     started = time.perf_counter()
     try:
@@ -238,17 +239,22 @@ def _device(device: torch.device | str) -> torch.device:
     return where
 
 
+def _require_libraries(plan: Plan) -> None:
+    """Before a byte is read, and not at the first token."""
+    on_triton = sorted({layer.backend for layer in plan.layers} & ON_TRITON)
+    if on_triton and find_spec("triton") is None:
+        raise BuildError(
+            f"backend `{on_triton[0]}` needs Triton, which is not installed; install it (the extra `bench` has the "
+            "version that the kernels are tested with), or try --set server.moe_runner_backend=grouped_mm"
+        )
+
+
 def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Skeleton:
     """The modules that `plan` asks for, without memory; raises `BuildError` if they differ from its parameters."""
     try:
         kernel = KERNELS[plan.backend]
     except KeyError:
         raise BuildError(f"no backend `{plan.backend}` in this loader; there are {', '.join(KERNELS)}") from None
-    if plan.backend in ON_TRITON and find_spec("triton") is None:
-        raise BuildError(
-            f"backend `{plan.backend}` needs Triton, which is not installed; install it (the extra `bench` has the "
-            "version that the kernels are tested with), or try --set server.moe_runner_backend=grouped_mm"
-        )
     base = f"layers.{plan.index}."
     homes: dict[str, tuple[nn.Module, str]] = {}
     specs = {param.name.removeprefix(base): param for param in plan.params}

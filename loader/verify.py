@@ -211,8 +211,7 @@ class Verifier:
 
     def _backend(self, layer: MoELayer, plan: LayerPlan, x_TD: Tensor, *, whole: bool) -> BackendCheck | None:
         """Compare the backend with `eager` on a layer that is routed already, if it is the first of its kind."""
-        kind = kind_of(plan)
-        if plan.backend == "eager" or kind in self._kinds:
+        if plan.backend == "eager" or (kind := kind_of(plan)) in self._kinds:
             return None
         self._kinds.add(kind)
         dtype = compute_dtype(plan)

@@ -82,8 +82,6 @@ def down(
                 ASSEMBLY,
                 TOKENS_LEFT,
                 0,
-                BLOCK_M,
-                BLOCK_N,
                 BLOCK_C,
             )
             if step == STEPS - 1:
@@ -120,8 +118,6 @@ def down(
                             ASSEMBLY,
                             TOKENS_LEFT,
                             0,
-                            M,
-                            BLOCK_N,
                             BLOCK_C,
                         )
                     _store_weighted(
@@ -245,8 +241,6 @@ def down_by_token(
             ASSEMBLY,
             False,
             0,
-            BLOCK_M,
-            BLOCK_N,
             BLOCK_C,
         )
         if BIASED:

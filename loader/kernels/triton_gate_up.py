@@ -175,8 +175,6 @@ def _tile_of_gate_up(
             ASSEMBLY,
             TOKENS_LEFT,
             UP,
-            BLOCK_M,
-            2 * BLOCK_N,
             BLOCK_C,
         )
     if BIASED:

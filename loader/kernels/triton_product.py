@@ -61,8 +61,6 @@ def add_product(
     ASSEMBLY: tl.constexpr,
     TOKENS_LEFT: tl.constexpr,
     UP: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
     C: tl.constexpr,
 ):
     """``accumulator + weight[row, c] @ x[place, c].T`` over C columns c from ``step * C`` on, of matrices of COLUMNS.
@@ -74,6 +72,8 @@ def add_product(
     ``int4_g32`` or ``mxfp4``, for which x lies by streams (`prepare`), so that each is copied to shared memory as it
     lies.
     """
+    M: tl.constexpr = place_M.shape[0]
+    N: tl.constexpr = row_N.shape[0]
     if FORMAT == "plain" or FORMAT == "fp8_block":
         c = step * C + tl.arange(0, C)
         inside = here_M[:, None] if EVEN else here_M[:, None] & (c[None, :] < COLUMNS)

@@ -344,7 +344,6 @@ def test_a_table_of_the_device_is_for_the_backend_that_uses_it(
 ) -> None:
     plan, _ = planned(made(**SMALL), backend=backend)
     module, table = sys.modules["loader.build"], Table(device="NVIDIA H200", versions={})
-    monkeypatch.setattr(module, "find_spec", lambda name: object())
     monkeypatch.setattr(module, "find_table", lambda device, folder: table)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: table.device)
     skeletons = [module.assemble(layer, plan.router, plan.experts) for layer in plan.layers]
