@@ -99,16 +99,16 @@ _INT4 = _of_two_quads(
     [("a", "b"), ("$5", "zero")],
 )
 # The three bits below the sign, moved to the last of bf16's exponent and the first of its mantissa, are E2M1's number
-# times 2**-126, subnormal ones too. One multiplication moves the sign and them: it adds up two shifts of a nibble, and
-# keeps them off the units for bits, which are the busiest. Both move up only in the first two nibbles of a quad, and
-# the last two are its first ones once it is shifted.
+# times 2**-126, subnormal ones too. Signs of the two upper nibbles as they lie and the rest six lower, in one register,
+# are as far apart as in bf16, so that one shift moves both; the two lower nibbles are upper ones a byte further up.
 _MXFP4 = _of_two_quads(
-    ".reg .b32 h; shr.u32 h, $4, 8;",
+    ".reg .b32 u, l; shr.u32 n, $4, 6; lop3.b32 u, $4, n, 0x88008800, 0xE4;"
+    "shl.b32 a, $4, 8; shl.b32 b, $4, 2; lop3.b32 l, a, b, 0x88008800, 0xE4;",
     [
-        "and.b32 n, $4, 0x000F000F; mul.lo.u32 n, n, 0x1040; and.b32 {out}, n, 0x81C081C0;",
-        "and.b32 n, $4, 0x00F000F0; mul.lo.u32 n, n, 0x0104; and.b32 {out}, n, 0x81C081C0;",
-        "and.b32 n, h, 0x000F000F; mul.lo.u32 n, n, 0x1040; and.b32 {out}, n, 0x81C081C0;",
-        "and.b32 n, h, 0x00F000F0; mul.lo.u32 n, n, 0x0104; and.b32 {out}, n, 0x81C081C0;",
+        "shl.b32 n, l, 4; and.b32 {out}, n, 0x81C081C0;",
+        "and.b32 {out}, l, 0x81C081C0;",
+        "shl.b32 n, u, 4; and.b32 {out}, n, 0x81C081C0;",
+        "and.b32 {out}, u, 0x81C081C0;",
     ],
     [("$5", "zero")],
 )
