@@ -48,6 +48,26 @@ def router_logits(
     tl.store(at, total.T, mask=(t[:, None] < T) & (e[None, :] < E))
 
 
+LEAST = tl.constexpr(-0x7F800001)
+"""`_ordered` of -inf; there are lower numbers, for what is not there."""
+
+
+@triton.jit
+def _ordered(bits):
+    """Bits of a float32 as an int32 that is as large among its like as the number is, and back again.
+
+    A warp finds the largest of integers in one instruction (``redux.sync``), that of floats in five exchanges.
+    """
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _largest(key_E, e):
+    """The largest, and the lowest number that has it."""
+    best = tl.max(key_E, 0)
+    return best, tl.min(tl.where(key_E == best, e, 0x7FFFFFFF), 0)
+
+
 @triton.jit
 def choose(
     logits,
@@ -104,12 +124,15 @@ def choose(
         group = e // (E // GROUPS)
         g = tl.arange(0, GROUPS)
         worth = tl.full((GROUPS,), float("-inf"), tl.float32)
+        key = _ordered(choice.to(tl.int32, bitcast=True))
         for n in tl.static_range(GROUPS):
-            mine = tl.where(group == n, choice, float("-inf"))
-            best, first = tl.max(mine, 0), tl.argmax(mine, 0)
+            mine = tl.where(group == n, key, LEAST)
+            best, first = _largest(mine, e)
+            total = _ordered(best).to(tl.float32, bitcast=True)
             if TOP2_SUM:
-                best += tl.max(tl.where(e == first, float("-inf"), mine), 0)
-            worth = tl.where(g == n, best, worth)
+                second, _ = _largest(tl.where(e == first, LEAST, mine), e)
+                total += _ordered(second).to(tl.float32, bitcast=True)
+            worth = tl.where(g == n, total, worth)
         open_E = tl.zeros((EXPERTS,), dtype=tl.int32)
         for _ in tl.static_range(OPEN_GROUPS):
             best_group = tl.argmax(worth, 0)
@@ -119,15 +142,13 @@ def choose(
         choice = tl.where(here & (open_E == 0), float("-inf") if TOP2_SUM else 0.0, choice)
     k = tl.arange(0, SLOTS)
     chosen = tl.zeros((SLOTS,), dtype=tl.int32)
-    weight = tl.zeros((SLOTS,), dtype=tl.float32)
-    left = here
+    # -inf can be the best that is left: those that are left still come before those that are not.
+    key = tl.where(here, _ordered(choice.to(tl.int32, bitcast=True)), LEAST - 1)
     for n in tl.static_range(K):
-        # -inf can be the best that is left: those that are left still come before those that are not.
-        rank = tl.where(left, tl.maximum(choice, -3.0e38), float("-inf"))
-        best = tl.argmax(rank, 0)
-        chosen = tl.where(k == n, best.to(tl.int32), chosen)
-        weight = tl.where(k == n, tl.sum(tl.where(e == best, score, 0.0), 0), weight)
-        left = left & (e != best)
+        _, best = _largest(key, e)
+        chosen = tl.where(k == n, best, chosen)
+        key = tl.where(e == best, LEAST - 1, key)
+    weight = tl.where(k < K, tl.gather(score, chosen, 0), 0.0)
     if NORMALISED:
         weight = weight / (tl.sum(weight, 0) + 1e-20)
     weight = weight * scaling
