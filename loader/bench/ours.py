@@ -1,4 +1,4 @@
-"""Our kernels as the bench calls them: the fused layout, and routed slots with the shared ones on their own."""
+"""Our kernels as the bench calls them: the fused layout, with its router, and with the shared slots on their own."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from torch import Tensor
 from loader.bench.problem import Problem
 from loader.kernels.configs import Config
 from loader.kernels.triton_layer import Launch, TritonExperts, launch
+from loader.kernels.triton_router import TritonRouter
 
 
 def call(problem: Problem, config: Config, *, launch: Launch = launch) -> Callable[[], Tensor]:
     """All slots as one stack."""
     experts = TritonExperts(problem.experts, launch=launch)
     return lambda: experts(problem.x_TD, problem.topk_weights_TK, problem.topk_ids_TK, config=config)
+
+
+def layer_call(problem: Problem, config: Config) -> Callable[[], Tensor]:
+    """All slots as one stack, after the router that chooses them."""
+    experts, router = TritonExperts(problem.experts), TritonRouter(problem.router, problem.model.n_shared)
+    return lambda: experts(problem.x_TD, *router(problem.x_TD), config=config)
 
 
 def split_call(problem: Problem, routed: Config, shared: Config, *, launch: Launch = launch) -> Callable[[], Tensor]:

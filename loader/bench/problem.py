@@ -11,23 +11,27 @@ from functools import cache
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gatekeeper import load_rules
 from loader.formats import Layout, layout_of
 from loader.kernels import KERNELS
 from loader.kernels.configs import Shape
-from loader.moe import Experts
+from loader.moe import Experts, Router, RouterConfig, SharedSlotRouter
 
-MODELS: Mapping[str, tuple[int, int, int, int, int, float]] = MappingProxyType(
+_KIMI = RouterConfig(scoring_func="sigmoid", top_k=8, routed_scaling_factor=2.827)
+_DEEPSEEK = RouterConfig(scoring_func="sigmoid", top_k=8, n_group=8, topk_group=4, routed_scaling_factor=2.5)
+_GLM = RouterConfig(scoring_func="sigmoid", top_k=8, routed_scaling_factor=2.5)
+_QWEN = RouterConfig(scoring_func="softmax", top_k=8)
+MODELS: Mapping[str, tuple[int, int, int, int, RouterConfig]] = MappingProxyType(
     {
-        "kimi-k2.5": (384, 1, 8, 7168, 2048, 2.827),
-        "deepseek-v3": (256, 1, 8, 7168, 2048, 2.5),
-        "qwen3-30b-a3b": (128, 0, 8, 2048, 768, 1.0),
-        "glm-4.5": (160, 1, 8, 5120, 1536, 2.5),
+        "kimi-k2.5": (384, 1, 7168, 2048, _KIMI),
+        "deepseek-v3": (256, 1, 7168, 2048, _DEEPSEEK),
+        "qwen3-30b-a3b": (128, 0, 2048, 768, _QWEN),
+        "glm-4.5": (160, 1, 5120, 1536, _GLM),
     }
 )
-"""Routed and shared experts, routed experts of a token, hidden size, width, routed_scaling_factor; from config.json."""
+"""Routed and shared experts, hidden size, width, and how experts are chosen; from config.json."""
 
 
 FORMATS = ("bf16", "fp8_block", "int4_g32", "mxfp4")
@@ -43,10 +47,9 @@ class Model:
     tp_size: int
     n_routed: int
     n_shared: int
-    top_k: int
     hidden_size: int
     width: int
-    scaling: float
+    router: RouterConfig
 
     @classmethod
     def of(cls, name: str, format_name: str, tp_size: int, *, fused: bool = True) -> Model:
@@ -55,7 +58,7 @@ class Model:
             raise ValueError(f"unknown format `{format_name}`; there are {', '.join(FORMATS)}")
         if name not in MODELS:
             raise ValueError(f"unknown shape `{name}`; there are {', '.join(MODELS)}")
-        routed, shared, top_k, hidden, width, scaling = MODELS[name]
+        routed, shared, hidden, width, router = MODELS[name]
         if width % tp_size:
             raise ValueError(f"`{name}` has experts of width {width}, which {tp_size} ranks do not divide")
         multiple = _layout(format_name).column_multiple
@@ -67,11 +70,15 @@ class Model:
             tp_size=tp_size,
             n_routed=routed,
             n_shared=shared if fused else 0,
-            top_k=top_k,
             hidden_size=hidden,
             width=width // tp_size,
-            scaling=scaling,
+            router=router,
         )
+
+    @property
+    def top_k(self) -> int:
+        """Routed slots of a token."""
+        return self.router.top_k
 
     @property
     def shape(self) -> Shape:
@@ -90,6 +97,8 @@ class Problem:
     """One call: a layer's weights, tokens, and which slots they go to."""
 
     model: Model
+    router: Router
+    """The reference, which chose the slots; weights in bfloat16."""
     experts: Experts
     """``w13_<part>`` ``(E + S, 2F, ...)``, gate rows and then up rows, and ``w2_<part>`` ``(E + S, D, ...)``."""
     x_TD: Tensor
@@ -136,6 +145,17 @@ def random_experts(model: Model, device: torch.device | str, seed: int) -> Exper
     return experts
 
 
+def random_router(model: Model, device: torch.device | str, generator: torch.Generator) -> Router:
+    """A router whose tokens go everywhere; the bias of its choice, which goes with sigmoid, is small."""
+    weight_ED = torch.randn(model.n_routed, model.hidden_size, device=device, generator=generator)
+    bias_E = torch.randn(model.n_routed, device=device, generator=generator) * 0.01
+    return Router(
+        model.router,
+        nn.Parameter((weight_ED * 0.02).bfloat16(), requires_grad=False),
+        nn.Parameter(bias_E, requires_grad=False) if model.router.scoring_func == "sigmoid" else None,
+    )
+
+
 def _fill(numbers: Tensor, generator: torch.Generator, *, is_scale: bool) -> None:
     if numbers.dtype in (torch.uint8, torch.float8_e8m0fnu):
         low, high = (117, 121) if is_scale else (0, 256)
@@ -151,23 +171,22 @@ def _fill(numbers: Tensor, generator: torch.Generator, *, is_scale: bool) -> Non
 
 
 def problems(model: Model, layers: Sequence[Experts], tokens: int, seed: int) -> list[Problem]:
-    """One for each of `layers`: tokens that choose their experts at random, and all the shared slots."""
+    """One for each of `layers`: random tokens, which a random router sends to experts, and to all the shared slots."""
     found = []
     for n, experts in enumerate(layers):
         device = next(experts.parameters()).device
         generator = torch.Generator(device).manual_seed(seed + n)
         x_TD = torch.randn(tokens, model.hidden_size, device=device, generator=generator).bfloat16()
-        scores_TE = torch.rand(tokens, model.n_routed, device=device, generator=generator)
-        weights_TK, ids_TK = scores_TE.topk(model.top_k, dim=-1)
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True) * model.scaling
-        shared_S = torch.arange(model.n_routed, model.n_routed + model.n_shared, device=device)
+        router = random_router(model, device, generator)
+        weights_TK, ids_TK = SharedSlotRouter(router, model.n_shared, gate=None)(x_TD)
         found.append(
             Problem(
                 model=model,
+                router=router,
                 experts=experts,
                 x_TD=x_TD,
-                topk_weights_TK=torch.cat([weights_TK, weights_TK.new_ones(tokens, model.n_shared)], 1),
-                topk_ids_TK=torch.cat([ids_TK, shared_S.expand(tokens, -1)], 1).int(),
+                topk_weights_TK=weights_TK,
+                topk_ids_TK=ids_TK.int(),
             )
         )
     return found

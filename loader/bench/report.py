@@ -28,6 +28,8 @@ class Point:
     """Fused layout, experts only."""
     ours_apart_us: float | None
     """Routed slots, with the shared ones computed before them; None without shared ones."""
+    layer_us: float
+    """Fused layout with the router before it."""
     error: float
     """Of ours from the reference."""
     config: dict[str, Any]
@@ -50,8 +52,9 @@ class Point:
 
     def as_json(self) -> dict[str, Any]:
         """Flat, with each peer's time under its own name."""
-        fields = ("shape", "tp", "format", "tokens", "ours_us", "floor_us", "ours_over_floor", "ours_apart_us", "error")
+        fields = ("shape", "tp", "format", "tokens", "ours_us", "floor_us", "ours_over_floor", "ours_apart_us")
         answer = {name: _rounded(getattr(self, name)) for name in fields}
+        answer |= {"layer_us": _rounded(self.layer_us), "error": _rounded(self.error)}
         answer |= {"memory_us": _rounded(self.memory_us), "arithmetic_us": _rounded(self.arithmetic_us)}
         answer |= {f"{name}_us": _rounded(value) for name, value in self.peers.items()}
         return answer | {"absent": self.absent, "config": self.config, "measured": self.measured}
@@ -103,9 +106,10 @@ class Report:
         c = self.ceilings
         return (
             f"{self.device}: copy {c.copy_bytes_per_second / 1e12:.2f} TB/s, bf16 {c.bf16_flops / 1e12:.0f} and "
-            f"FP8 {c.fp8_flops / 1e12:.0f} TFLOP/s; microseconds of the experts of one layer\n"
+            f"FP8 {c.fp8_flops / 1e12:.0f} TFLOP/s; microseconds of the experts of one layer; "
+            f"routed: fused, with the router before it\n"
             f"{'shape':<14} {'tp':>3} {'format':<10} {'tokens':>6} {'floor':>9} {'fused':>9} {'apart':>9} "
-            f"{'x floor':>8}"
+            f"{'x floor':>8} {'routed':>8}"
         )
 
     def line(self, point: Point) -> str:
@@ -113,7 +117,8 @@ class Report:
         apart = "" if point.ours_apart_us is None else f"{point.ours_apart_us:.1f}"
         text = (
             f"{point.shape:<14} {point.tp:>3} {point.format:<10} {point.tokens:>6} {point.floor_us:>9.1f} "
-            f"{point.ours_us:>9.1f} {apart:>9} {point.ours_over_floor:>8.2f}"
+            f"{point.ours_us:>9.1f} {apart:>9} {point.ours_over_floor:>8.2f} "
+            f"{point.layer_us:>8.1f}"
         )
         for name, us in point.peers.items():
             text += f"  {name} {us:.1f} ({us / point.best_us:.2f}x)"

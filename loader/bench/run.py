@@ -74,6 +74,8 @@ def measure(
     reference = _reference(some[0])
     allowed = ACCURACY.get(model.format, USUAL_ACCURACY)
     error = _require_close(fused[0](), reference, allowed, "ours")
+    layer = [ours.layer_call(problem, config) for problem in some]
+    _require_close(layer[0](), reference, allowed, "ours, with its router")
     slots = [(list(p.experts.parameters()), p.topk_ids_TK.unique()) for p in some]
     memory = min(microseconds([probe(*each, block) for each in slots]) for block in PROBE_BLOCKS)
     rate = limits.fp8_flops if model.format == "fp8_block" else limits.bf16_flops
@@ -96,6 +98,7 @@ def measure(
         arithmetic_us=arithmetic,
         ours_us=microseconds(fused),
         ours_apart_us=apart,
+        layer_us=microseconds(layer),
         error=error,
         config=asdict(config),
         measured=table is not None and table.config(shape, tokens) is not None,

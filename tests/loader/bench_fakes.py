@@ -7,14 +7,17 @@ from typing import Any
 from loader.bench.problem import Model
 from loader.bench.report import Point, Report
 from loader.bench.timing import Ceilings
+from loader.moe import RouterConfig
 
 CEILINGS = Ceilings(copy_bytes_per_second=4.2e12, bf16_flops=780e12, fp8_flops=1400e12)
+
+ROUTER = RouterConfig(scoring_func="sigmoid", top_k=2, routed_scaling_factor=1.5)
 
 
 def model(format_name: str = "bf16", **other: Any) -> Model:
     """A layer that the interpreter runs in no time."""
-    sizes = {"n_routed": 6, "n_shared": 1, "top_k": 2, "hidden_size": 64, "width": 32}
-    return Model(**{"name": "small", "format": format_name, "tp_size": 1, "scaling": 1.5, **sizes, **other})
+    sizes = {"n_routed": 6, "n_shared": 1, "hidden_size": 64, "width": 32, "router": ROUTER}
+    return Model(**{"name": "small", "format": format_name, "tp_size": 1, **sizes, **other})
 
 
 def point(**other: Any) -> Point:
@@ -29,6 +32,7 @@ def point(**other: Any) -> Point:
         "arithmetic_us": 5.0,
         "ours_us": 150.0,
         "ours_apart_us": 160.0,
+        "layer_us": 158.0,
         "error": 0.001,
         "config": {"block_m": 16},
         "measured": True,

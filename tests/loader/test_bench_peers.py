@@ -19,18 +19,9 @@ from loader.bench.fetched import MANIFEST, Fetched, FetchedError
 from loader.bench.peers import NAMES, Unavailable, peers_of
 from loader.bench.problem import Model, Problem, problems, random_experts
 from loader.kernels.eager import eager
+from tests.loader.bench_fakes import model
 
-MODEL = Model(
-    name="small",
-    format="bf16",
-    tp_size=1,
-    n_routed=6,
-    n_shared=1,
-    top_k=2,
-    hidden_size=64,
-    width=40,
-    scaling=1.5,
-)
+MODEL = model(width=40)
 
 
 def problem(tokens: int, model: Model = MODEL) -> Problem:

@@ -68,8 +68,8 @@ class Stub:
 def test_a_point_of_each_format(bench: Any, format_name: str, tokens: int) -> None:
     found = measure(bench, tokens, format_name=format_name)
     assert found.error <= (0.12 if format_name == "fp8_block" else 0.02)
-    assert bench.microseconds.asked == [2, 2, 2]
-    assert (found.memory_us, found.ours_apart_us, found.ours_us) == (10.0, 20.0, 30.0)
+    assert bench.microseconds.asked == [2, 2, 2, 2]
+    assert (found.memory_us, found.ours_apart_us, found.ours_us, found.layer_us) == (10.0, 20.0, 30.0, 40.0)
     assert (found.floor_us, found.ours_over_floor) == (10.0, 2.0)
     assert not found.measured
     rate = CEILINGS.fp8_flops if format_name == "fp8_block" else CEILINGS.bf16_flops
@@ -92,7 +92,7 @@ def test_settings_of_a_table_are_used_and_said(bench: Any) -> None:
     assert found.config == asdict(config)
 
 
-@pytest.mark.parametrize("half", ["call", "split_call"])
+@pytest.mark.parametrize("half", ["call", "split_call", "layer_call"])
 def test_a_wrong_kernel_is_refused_before_it_is_timed(bench: Any, monkeypatch: pytest.MonkeyPatch, half: str) -> None:
     right = getattr(bench.ours, half)
 
@@ -113,7 +113,7 @@ def test_a_kernel_that_gives_no_numbers_is_refused(bench: Any, monkeypatch: pyte
 
 def test_a_peer_that_is_right_is_timed_on_as_many_layers(bench: Any) -> None:
     found = measure(bench, peers=peers_of(["torch-grouped_mm"]))
-    assert found.peers == {"torch-grouped_mm": 40.0}
+    assert found.peers == {"torch-grouped_mm": 50.0}
     assert found.absent == {}
 
 
@@ -127,7 +127,7 @@ def test_a_peer_that_is_wrong_is_listed_and_not_timed(bench: Any) -> None:
     found = measure(bench, peers=[Stub(wrong)])
     assert found.peers == {}
     assert found.absent["stub"].startswith("failed: stub is 0.")
-    assert len(bench.microseconds.asked) == 3
+    assert len(bench.microseconds.asked) == 4
 
 
 @pytest.mark.parametrize(
