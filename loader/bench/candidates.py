@@ -26,6 +26,9 @@ MOST_BY_TOKEN = 2 * BY_TOKEN
 MOST_ACCUMULATORS = 128
 """Registers of a thread, which has as many again for operands and addresses."""
 
+REGISTERS = (80, 96, 128, 168)
+"""Of a thread: six, five, four and three thread blocks of four warps to a multiprocessor."""
+
 
 def candidates(shape: Shape, tokens: int, multiprocessors: int) -> list[Config]:
     """The counted one first, then all others; the steps of a search then change gate_up or down (`tiles`)."""
@@ -39,13 +42,14 @@ def _skeletons(shape: Shape, tokens: int, multiprocessors: int) -> Iterator[Conf
         few = one_by_one(shape, tokens, multiprocessors)
         for splits in (1, 2, 4, 8):
             yield replace(few, splits=splits)
-        pairwise = replace(default(shape, tokens, multiprocessors, block_m=16), by_pair=True)
-        for splits in dict.fromkeys((pairwise.splits, 4, 2)):
-            yield replace(pairwise, splits=splits)
+        for block_m in (8, 16):
+            pairwise = replace(default(shape, tokens, multiprocessors, block_m=block_m), by_pair=True)
+            for splits in dict.fromkeys((pairwise.splits, 4, 2)):
+                yield replace(pairwise, splits=splits)
     share = tokens * shape.top_k / shape.n_slots
     heights = [
         default(shape, tokens, multiprocessors, block_m=block_m)
-        for block_m in (16, 32, 64, 128)
+        for block_m in (8, 16, 32, 64, 128)
         if block_m <= max(16, 4 * share) and block_m * 8 >= share
     ]
     yield from heights
@@ -53,8 +57,8 @@ def _skeletons(shape: Shape, tokens: int, multiprocessors: int) -> Iterator[Conf
         gate_up, down = (replace(half, tokens_left=False) for half in (one.gate_up, one.down))
         yield replace(one, gate_up=gate_up, down=down)
     if tokens <= 64:
-        for splits in (2, 4):
-            yield replace(default(shape, tokens, multiprocessors, block_m=16), splits=splits)
+        for block_m, splits in itertools.product((8, 16), (2, 4)):
+            yield replace(default(shape, tokens, multiprocessors, block_m=block_m), splits=splits)
 
 
 def tiles(shape: Shape, config: Config, half: str) -> list[Tiles]:
@@ -89,6 +93,16 @@ def tiles(shape: Shape, config: Config, half: str) -> list[Tiles]:
                     both = [replace(one, group=g, tokens_left=left, programs=p) for g, left, p in lefts]
                     found += [each for each in both if not misfit(with_tiles(config, half, each), shape.format)]
     return found
+
+
+def with_fewer_registers(shape: Shape, config: Config, half: str) -> list[Tiles]:
+    """The tiles of a half again, of which more thread blocks fit a multiprocessor.
+
+    What is unpacked waits for its own instructions, and so for others to have some between; there registers are short.
+    """
+    if shape.format not in PACKED or config.block_m >= LARGE:
+        return []
+    return [replace(getattr(config, half), registers=count) for count in REGISTERS]
 
 
 def with_tiles(config: Config, half: str, cut: Tiles) -> Config:

@@ -1,4 +1,4 @@
-"""Find configurations by timing them: first how to walk the layer, then the tiles of each product by itself."""
+"""Find configurations by timing them: how to walk the layer, the tiles of each product by itself, their registers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loader.bench import ours
-from loader.bench.candidates import candidates, some_tiles, with_tiles
+from loader.bench.candidates import candidates, some_tiles, with_fewer_registers, with_tiles
 from loader.bench.problem import Problem
 from loader.bench.report import first_line
 from loader.bench.timing import microseconds, settle
@@ -48,7 +48,8 @@ def search(
     """The fastest configuration for these problems, all of one shape and one number of tokens.
 
     `start` is tried before all others; `most` configurations are tried in each of three rounds: skeletons, tiles of
-    gate_up, tiles of down, the latter two drawn where there are more (`some_tiles`). `done` is called after each.
+    gate_up, tiles of down, the latter two drawn where there are more (`some_tiles`). A few with fewer registers follow.
+    `done` is called after each.
     Raises `BenchError` where none runs at all.
     """
     device, tokens = problems[0].x_TD.device, len(problems[0].x_TD)
@@ -73,6 +74,8 @@ def search(
     best = round_of([*start, *candidates(shape, tokens, multiprocessors(device))[:most]])
     for half in ("gate_up", "down"):
         best = round_of([with_tiles(best, half, each) for each in some_tiles(shape, best, half, most, draw)])
+    for half in ("gate_up", "down"):
+        best = round_of([with_tiles(best, half, each) for each in with_fewer_registers(shape, best, half)])
     if math.isinf(times[best]):
         raise BenchError(f"of {len(times)} configurations none runs for {shape} with {tokens} tokens: {reason}")
     ran = sum(math.isfinite(each) for each in times.values())

@@ -51,6 +51,8 @@ class Tiles:
     """Programs to a multiprocessor that walk along the tiles; 0: a program a tile."""
     tokens_left: bool = False
     """Whether tokens are the left operand, for blocks of 64 and more; never for packed formats."""
+    registers: int = 0
+    """What a thread may have at most, so that more thread blocks fit a multiprocessor; 0: what the compiler takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +103,7 @@ def default(
     shared_bytes: int = HOPPER_SHARED_BYTES,
     *,
     block_m: int | None = None,
+    least: int = 8,
     x_bytes: int = 2,
 ) -> Config:
     """A configuration from counting: tiles enough to fill the device, and steps of a few KB to a thread block.
@@ -109,13 +112,14 @@ def default(
     that a product with few tiles is split along its inner axis; a compute-bound one wants tiles as large as registers
     allow, which are as high as an expert's share of the tokens. Where counting left a choice, what a first search on an
     H200 liked better (benchmarks/README.md). `shared_bytes` are what one thread block may have; `block_m` is counted
-    where it is not given, and else what the tiles are cut for. `x_bytes` are those of an activation, 4 for float32.
+    where it is not given, and else what the tiles are cut for; `least` is that of the device's smallest product of bf16
+    (8 with NVIDIA's ``mma.sync``). `x_bytes` are those of an activation, 4 for float32.
     """
     alone = block_m is None and tokens <= 1  # no two tokens share an expert
     if alone and KINDS[shape.format] == "plain":
         return replace(one_by_one(shape, tokens, multiprocessors, shared_bytes, x_bytes), splits=1)
     pairs = max(tokens * shape.top_k, 1)
-    block_m = block_m or _block_m(shape, pairs, x_bytes)
+    block_m = block_m or _block_m(shape, pairs, least, x_bytes)
     gate_up, down = _tiles(shape, block_m, rows=2), _tiles(shape, block_m, rows=1)
     tiles = min(shape.n_slots, pairs) * -(-shape.width // gate_up.block_n)
     steps = -(-shape.hidden_size // gate_up.block_c)
@@ -132,11 +136,14 @@ def default(
     return fitting(config, shape, shared_bytes, x_bytes)
 
 
-def _block_m(shape: Shape, pairs: int, x_bytes: int) -> int:
+def _block_m(shape: Shape, pairs: int, least: int, x_bytes: int) -> int:
     share = pairs / min(shape.n_slots, pairs)
+    # What is unpacked takes long enough for `mma.sync` to keep up, and shared memory to be short: half as high is read
+    # half as often.
+    least = least if shape.format in PACKED and x_bytes <= 2 else 16
     # With float32 both operands of FP8 are widened in shared memory, which has no room for more.
     most = 128 if shape.format != "fp8_block" else 64 if x_bytes <= 2 else 32
-    return min(power_of_two(share, 16), most)
+    return min(power_of_two(share, least), most)
 
 
 def accumulators(shape: Shape, block_m: int, rows: int, tiles: Tiles) -> float:
@@ -207,8 +214,10 @@ def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
         # Shared memory for two thread blocks, of which one multiplies while the other one unpacks.
         return Tiles(block_n=128 // rows, block_c=128, warps=4, stages=3 if shape.format == "mxfp4" else 2, group=8)
     if shape.format in PACKED:
-        block_n = 128 if rows == 1 else 32 if block_m == 16 else 64
-        return Tiles(block_n=block_n, block_c=256 if inner >= 256 else 128, warps=4, stages=3, programs=walks)
+        narrow = block_m == 16 or (block_m == 8 and shape.format == "int4_g32")
+        block_n = 128 if rows == 1 else 32 if narrow else 64
+        stages = 5 if rows == 1 and narrow and shape.format == "int4_g32" else 3
+        return Tiles(block_n=block_n, block_c=256 if inner >= 256 else 128, warps=4, stages=stages, programs=walks)
     if block_m >= LARGE:
         return Tiles(block_n=128, block_c=64, warps=8, stages=3, group=8, tokens_left=True)
     if shape.format == "fp32":  # tiles twice as wide in memory

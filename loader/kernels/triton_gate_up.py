@@ -26,6 +26,15 @@ def _column(i, BLOCK_N: tl.constexpr, STREAMED: tl.constexpr):
 
 
 @triton.jit
+def _place(begin_n, i, BLOCK_N: tl.constexpr, F: tl.constexpr, STREAMED: tl.constexpr):
+    """Where number i of a tile goes in a row of `out`, said so that the compiler sees what lies side by side."""
+    if STREAMED:
+        return i // (BLOCK_N // 4) * (F // 4) + begin_n // 4 + i % (BLOCK_N // 4)
+    else:
+        return begin_n + i
+
+
+@triton.jit
 def gate_up(
     x,
     x_scale,
@@ -182,15 +191,17 @@ def _tile_of_gate_up(
         b_N = b_N if SPLITS == 1 else tl.where(split == 0, b_N, 0.0)
         accumulator += b_N[None, :] if TOKENS_LEFT else b_N[:, None]
     gate_MN, up_MN = _gate_and_up(accumulator, BLOCK_N, BLOCK_M, TOKENS_LEFT)
-    f = begin_n + _column(tl.arange(0, BLOCK_N), BLOCK_N, STREAMED)
-    mask = here_M[:, None] & (f[None, :] < F)
-    if STREAMED:
-        f = f % 4 * (F // 4) + f // 4
+    i = tl.arange(0, BLOCK_N)
+    mask = here_M[:, None]
+    if F % BLOCK_N != 0:
+        mask &= (begin_n + _column(i, BLOCK_N, STREAMED) < F)[None, :]
+    begin_n = tl.multiple_of(begin_n, BLOCK_N)
+    place = _place(begin_n, i, BLOCK_N, F, STREAMED)
     if SPLITS == 1:
         h_MN = gated(gate_MN, up_MN, LIMIT, ALPHA, UP_OFFSET)
-        tl.store(out + place_M[:, None].to(tl.int64) * F + f[None, :], h_MN.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + place_M[:, None].to(tl.int64) * F + place[None, :], h_MN.to(out.dtype.element_ty), mask=mask)
     else:
-        at = out + (tl.cast(P, tl.int64) * split + place_M[:, None]) * (2 * F) + f[None, :]
+        at = out + (tl.cast(P, tl.int64) * split + place_M[:, None]) * (2 * F) + place[None, :]
         tl.store(at, gate_MN, mask=mask)
         tl.store(at + F, up_MN, mask=mask)
 

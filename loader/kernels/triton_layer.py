@@ -337,6 +337,7 @@ class _Call:
             "BLOCK_C": tiles.block_c,
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
+            **({"maxnreg": tiles.registers} if tiles.registers else {}),
         }
 
     def _grid(self, n: int, tiles: Tiles) -> tuple[int]:
@@ -370,7 +371,14 @@ def _scale(scale: Tensor | None, weight: Tensor) -> Tensor:
 def counted(shape: Shape, x_TD: Tensor) -> Config:
     """What counting says for these tokens on their device."""
     device = x_TD.device
-    return default(shape, len(x_TD), multiprocessors(device), _shared_bytes(device), x_bytes=x_TD.dtype.itemsize)
+    return default(
+        shape,
+        len(x_TD),
+        multiprocessors(device),
+        _shared_bytes(device),
+        least=8 if is_nvidia(device) else 16,
+        x_bytes=x_TD.dtype.itemsize,
+    )
 
 
 def _shared_bytes(device: torch.device) -> int:

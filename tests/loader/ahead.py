@@ -66,7 +66,9 @@ class Launch:
             signature[parameter.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
             if isinstance(value, torch.Tensor) or value % 16 == 0:
                 attributes[i,] = [["tt.divisibility", 16]]
-        options = {name: self.keywords[name] for name in ("num_warps", "num_stages") if name in self.keywords}
+        options = {
+            name: self.keywords[name] for name in ("num_warps", "num_stages", "maxnreg") if name in self.keywords
+        }
         source = ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
         return triton.compile(source, target=TARGETS[arch], options=options)
 
