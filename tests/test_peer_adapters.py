@@ -18,20 +18,11 @@ from loader.bench.fetched import MANIFEST, module_at
 from loader.bench.peers import Unavailable, peers_of
 from loader.bench.problem import Model, Problem, problems, random_experts
 from loader.formats import int4_g32
+from tests.loader.bench_fakes import model
 
 marlin: Any = module_at("moe_loader_bench_marlin", peers.ADAPTERS / "marlin.py")
 sglang: Any = module_at("moe_loader_bench_sglang_triton", peers.ADAPTERS / "sglang_triton.py")
-MODEL = Model(
-    name="small",
-    format="int4_g32",
-    tp_size=1,
-    n_routed=4,
-    n_shared=1,
-    top_k=2,
-    hidden_size=128,
-    width=128,
-    scaling=1.0,
-)
+MODEL = model("int4_g32", n_routed=4, hidden_size=128, width=128)
 
 
 @pytest.fixture
