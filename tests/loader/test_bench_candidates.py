@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from jsonschema import Draft202012Validator
 
-from loader.bench.candidates import candidates, some_tiles, tiles
+from loader.bench.candidates import candidates, some_tiles, tiles, with_fewer_registers
 from loader.bench.problem import FORMATS, Model
 from loader.kernels.configs import HOPPER_SHARED_BYTES as SHARED_BYTES
 from loader.kernels.configs import PACKED, Config, Shape, Tiles, default
@@ -109,6 +109,16 @@ def test_blocks_of_tokens_are_about_an_experts_share() -> None:
     shape = Model.of("kimi-k2.5", "bf16", 8).shape
     assert {config.block_m for config in candidates(shape, 1, 132)} == {8, 16}
     assert {config.block_m for config in candidates(shape, 8192, 132)} >= {32, 64, 128}
+
+
+def test_registers_are_bounded_where_thread_blocks_wait_for_their_own_instructions() -> None:
+    for format_name, tokens, count in (("int4_g32", 64, 4), ("mxfp4", 1, 4), ("mxfp4", 8192, 0), ("bf16", 64, 0)):
+        shape = Model.of("kimi-k2.5", format_name, 8).shape
+        config = default(shape, tokens, 132)
+        for half in ("gate_up", "down"):
+            found = with_fewer_registers(shape, config, half)
+            assert len({each.registers for each in found} - {0}) == len(found) == count
+            assert {replace(each, registers=0) for each in found} <= {getattr(config, half)}
 
 
 def test_numbers_of_a_scales_block_are_one_step() -> None:

@@ -93,6 +93,16 @@ def test_the_router_compiles_and_fits(ahead: Any, arch: str) -> None:
     assert require_fitting(launches, arch) == {"router_logits", "choose"}
 
 
+def test_a_bound_of_registers_reaches_the_compiler(ahead: Any) -> None:
+    shape = Model.of("kimi-k2.5", "int4_g32", 8).shape
+    config = default(shape, 16, MULTIPROCESSORS["sm90"])
+    config = replace(config, gate_up=replace(config.gate_up, registers=96))
+    for launch in ahead.launches_of(shape, 16, config, "sm90"):
+        if launch.kernel.__name__ in ("gate_up", "down"):
+            bounded = ".maxnreg 96" in launch.compile("sm90").asm["ptx"]
+            assert bounded is (launch.kernel.__name__ == "gate_up")
+
+
 def test_something_is_shipped() -> None:
     assert SHIPPED_CONFIGS
 

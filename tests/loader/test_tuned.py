@@ -83,6 +83,18 @@ def test_blocks_are_as_high_as_what_an_expert_gets(format_name: str, tokens: int
     assert config.block_m == block_m and config.is_scheduled
 
 
+@pytest.mark.parametrize(
+    ("format_name", "tokens", "least", "x_bytes", "block_m"),
+    [("int4_g32", 16, 8, 2, 8), ("mxfp4", 1, 8, 2, 8), ("int4_g32", 16, 16, 2, 16), ("mxfp4", 16, 8, 4, 16),
+     ("int4_g32", 512, 8, 2, 16), ("bf16", 16, 8, 2, 16), ("fp8_block", 16, 8, 2, 16)],
+)  # fmt: skip
+def test_blocks_of_eight_are_for_packed_numbers_where_the_device_has_them(
+    format_name: str, tokens: int, least: int, x_bytes: int, block_m: int
+) -> None:
+    shape = replace(SHAPE, format=format_name, n_slots=385, hidden_size=7168, width=256, top_k=9)
+    assert default(shape, tokens, 132, least=least, x_bytes=x_bytes).block_m == block_m
+
+
 @pytest.mark.parametrize("hidden", [64, 1000, 2880, 6144, 7168])
 @pytest.mark.parametrize("format_name", ["bf16", "fp8_block", "int4_g32"])
 def test_parts_have_as_many_steps_as_each_other(hidden: int, format_name: str) -> None:
