@@ -26,8 +26,9 @@ from loader.checkpoint import Checkpoint, bytes_of
 
 PIECE_BYTES = 8 << 20
 """What is read as one: large enough that what Python does for it is nothing, small enough to stay in the cache."""
-SCRATCH_BYTES = 1 << 20
-"""Rows of which only some columns are wanted, read whole: they stay in the core's cache until they are cut."""
+SCRATCH_BYTES = 1 << 22
+"""Rows of which only some columns are wanted, read whole and then cut: large enough for few calls, small enough for the
+cache that cores share."""
 LARGEST_SERIAL_COPY = 1 << 15
 """Elements up to which torch copies in the calling thread: ``at::internal::GRAIN_SIZE``. Here every core is busy."""
 MOST_CUTS = 16
@@ -278,15 +279,17 @@ def _read_strided(checkpoint: Checkpoint, piece: Piece, source: Tensor, memory: 
         extent = 1 + sum((count - 1) * stride for count, stride in zip(part.shape, strides, strict=True))
         raw = scratch.of(extent * size)
         checkpoint.read_into(piece.infos, piece.start + first * strides[0] * size, [bytes_of(raw)])
-        part.copy_(raw.view(source.dtype).as_strided(part.shape, strides))
+        cut = raw.view(source.dtype).as_strided(part.shape, strides)
+        # One call of torch, but a copy for each of these: it would share out a larger one between threads.
+        rows = max(1, LARGEST_SERIAL_COPY // (part.numel() // len(part)))
+        torch._foreach_copy_(part.split(rows), cut.split(rows))
 
 
 def _rows_at_once(source: Tensor) -> int:
     """Rows to read in one go, with what lies between them; all, where rows run across each other."""
     if not _is_by_rows(source):
         return len(source)
-    columns = source.numel() // len(source)
-    return max(1, min(SCRATCH_BYTES // (source.stride(0) * source.element_size()), LARGEST_SERIAL_COPY // columns))
+    return max(1, SCRATCH_BYTES // (source.stride(0) * source.element_size()))
 
 
 def _is_by_rows(source: Tensor) -> bool:
