@@ -30,10 +30,13 @@ REGISTERS = (80, 96, 128, 168)
 """Of a thread: six, five, four and three thread blocks of four warps to a multiprocessor."""
 
 
-def candidates(shape: Shape, tokens: int, multiprocessors: int) -> list[Config]:
-    """The counted one first, then all others; the steps of a search then change gate_up or down (`tiles`)."""
-    found = dict.fromkeys([default(shape, tokens, multiprocessors), *_skeletons(shape, tokens, multiprocessors)])
-    return list(found)
+def candidates(shape: Shape, tokens: int, multiprocessors: int, least: int = 8) -> list[Config]:
+    """The counted one first, then all others; the steps of a search then change gate_up or down (`tiles`).
+
+    `least`: pairs of the smallest block (`triton_layer.least_pairs`).
+    """
+    counted = default(shape, tokens, multiprocessors, least=least)
+    return [c for c in dict.fromkeys([counted, *_skeletons(shape, tokens, multiprocessors)]) if c.block_m >= least]
 
 
 def _skeletons(shape: Shape, tokens: int, multiprocessors: int) -> Iterator[Config]:

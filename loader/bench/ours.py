@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
 from loader.bench.problem import Problem
+from loader.errors import BenchError
 from loader.kernels.configs import Config
 from loader.kernels.triton_layer import Launch, TritonExperts, launch
 from loader.kernels.triton_router import TritonRouter
@@ -16,6 +18,18 @@ def call(problem: Problem, config: Config, *, launch: Launch = launch) -> Callab
     """All slots as one stack."""
     experts = TritonExperts(problem.experts, launch=launch)
     return lambda: experts(problem.x_TD, problem.topk_weights_TK, problem.topk_ids_TK, config=config)
+
+
+def routed(problem: Problem) -> Problem:
+    """The problem as our router has it; raises `BenchError` where it sends tokens elsewhere than the reference does.
+
+    A score that two sums make equal to another's may fall to either side, so that one token in a hundred may differ.
+    """
+    weights_TK, ids_TK = TritonRouter(problem.router, problem.model.n_shared)(problem.x_TD)
+    differs_T = (ids_TK.sort(-1).values != problem.topk_ids_TK.sort(-1).values).any(-1)
+    if (count := int(differs_T.sum())) > 1 + len(differs_T) // 100:
+        raise BenchError(f"our router sends {count} of {len(differs_T)} tokens elsewhere than the reference")
+    return replace(problem, topk_weights_TK=weights_TK, topk_ids_TK=ids_TK)
 
 
 def layer_call(problem: Problem, config: Config) -> Callable[[], Tensor]:

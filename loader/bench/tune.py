@@ -17,7 +17,8 @@ from loader.bench.report import first_line
 from loader.bench.timing import microseconds, settle
 from loader.errors import BenchError
 from loader.kernels.configs import Config, Shape
-from loader.kernels.triton_layer import multiprocessors
+from loader.kernels.triton_device import is_nvidia
+from loader.kernels.triton_layer import least_pairs, multiprocessors
 
 log = logging.getLogger(__name__)
 COMPILERS = 16
@@ -71,10 +72,10 @@ def search(
             done()
         return min(times, key=lambda config: times[config])
 
-    best = round_of([*start, *candidates(shape, tokens, multiprocessors(device))[:most]])
+    best = round_of([*start, *candidates(shape, tokens, multiprocessors(device), least_pairs(device))[:most]])
     for half in ("gate_up", "down"):
         best = round_of([with_tiles(best, half, each) for each in some_tiles(shape, best, half, most, draw)])
-    for half in ("gate_up", "down"):
+    for half in ("gate_up", "down") if is_nvidia(device) else ():  # others' compilers take no bound
         best = round_of([with_tiles(best, half, each) for each in with_fewer_registers(shape, best, half)])
     if math.isinf(times[best]):
         raise BenchError(f"of {len(times)} configurations none runs for {shape} with {tokens} tokens: {reason}")

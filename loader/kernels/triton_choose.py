@@ -48,7 +48,7 @@ def router_logits(
     tl.store(at, total.T, mask=(t[:, None] < T) & (e[None, :] < E))
 
 
-LEAST = tl.constexpr(-0x7F800001)
+MINUS_INF = tl.constexpr(-0x7F800001)
 """`_ordered` of -inf; there are lower numbers, for what is not there."""
 
 
@@ -126,28 +126,29 @@ def choose(
         worth = tl.full((GROUPS,), float("-inf"), tl.float32)
         key = _ordered(choice.to(tl.int32, bitcast=True))
         for n in tl.static_range(GROUPS):
-            mine = tl.where(group == n, key, LEAST)
+            mine = tl.where(group == n, key, MINUS_INF)
             best, first = _largest(mine, e)
             total = _ordered(best).to(tl.float32, bitcast=True)
             if TOP2_SUM:
-                second, _ = _largest(tl.where(e == first, LEAST, mine), e)
+                second, _ = _largest(tl.where(e == first, MINUS_INF, mine), e)
                 total += _ordered(second).to(tl.float32, bitcast=True)
             worth = tl.where(g == n, total, worth)
         open_E = tl.zeros((EXPERTS,), dtype=tl.int32)
+        worth_key = _ordered(worth.to(tl.int32, bitcast=True))
         for _ in tl.static_range(OPEN_GROUPS):
-            best_group = tl.argmax(worth, 0)
+            _, best_group = _largest(worth_key, g)
             open_E = tl.where(group == best_group, 1, open_E)
-            worth = tl.where(g == best_group, float("-inf"), worth)
+            worth_key = tl.where(g == best_group, MINUS_INF - 1, worth_key)
         # DeepSeek V3 shuts the others out; V2 gives them 0.0, below all its scores, which a softmax makes positive.
         choice = tl.where(here & (open_E == 0), float("-inf") if TOP2_SUM else 0.0, choice)
     k = tl.arange(0, SLOTS)
     chosen = tl.zeros((SLOTS,), dtype=tl.int32)
     # -inf can be the best that is left: those that are left still come before those that are not.
-    key = tl.where(here, _ordered(choice.to(tl.int32, bitcast=True)), LEAST - 1)
+    key = tl.where(here, _ordered(choice.to(tl.int32, bitcast=True)), MINUS_INF - 1)
     for n in tl.static_range(K):
         _, best = _largest(key, e)
         chosen = tl.where(k == n, best, chosen)
-        key = tl.where(e == best, LEAST - 1, key)
+        key = tl.where(e == best, MINUS_INF - 1, key)
     weight = tl.where(k < K, tl.gather(score, chosen, 0), 0.0)
     if NORMALISED:
         weight = weight / (tl.sum(weight, 0) + 1e-20)

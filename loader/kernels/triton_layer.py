@@ -51,7 +51,7 @@ class TritonExperts:
     """The routed (and fused shared) experts of one layer; holds views of its weights, no memory of its own."""
 
     def __init__(self, weights: ExpertWeights, *, launch: Launch = launch, assembly: bool | None = None) -> None:
-        """`assembly`: whether helpers in NVIDIA's assembly may be used; None: where the inputs are on such a device."""
+        """`assembly`: whether what only NVIDIA's compiler takes may be used; None: where inputs are on its device."""
         config, layout = weights.config, weights.layout
         kind = KINDS.get(layout.name)
         if kind is None:
@@ -159,9 +159,10 @@ class _Call:
         self.pairs, self.k, self.dtype = ids.numel(), ids.shape[1], x_TD.dtype
         if wrong := misfit(config, experts.format):
             raise ValueError(wrong)
-        native = is_nvidia(x_TD.device) if experts._assembly is None else experts._assembly
+        self.native = is_nvidia(x_TD.device) if experts._assembly is None else experts._assembly
         # It computes in bf16, from scales that are bf16 or powers of two.
-        self.assembly = native and x_TD.dtype == torch.bfloat16 and experts.kind in PACKED and experts.is_exact_in_bf16
+        fits = x_TD.dtype == torch.bfloat16 and experts.kind in PACKED and experts.is_exact_in_bf16
+        self.assembly = self.native and fits
         fp8 = experts.kind == "fp8_block" and x_TD.dtype != torch.float32
         self.form = "streams" if experts.kind in PACKED else "fp8" if fp8 else "plain"
         self.x, self.x_scale = self._prepared(x_TD)
@@ -337,7 +338,7 @@ class _Call:
             "BLOCK_C": tiles.block_c,
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
-            **({"maxnreg": tiles.registers} if tiles.registers else {}),
+            **({"maxnreg": tiles.registers} if tiles.registers and self.native else {}),
         }
 
     def _grid(self, n: int, tiles: Tiles) -> tuple[int]:
@@ -376,9 +377,14 @@ def counted(shape: Shape, x_TD: Tensor) -> Config:
         len(x_TD),
         multiprocessors(device),
         _shared_bytes(device),
-        least=8 if is_nvidia(device) else 16,
+        least=least_pairs(device),
         x_bytes=x_TD.dtype.itemsize,
     )
+
+
+def least_pairs(device: torch.device) -> int:
+    """Pairs of the smallest block: NVIDIA's ``mma.sync`` has products of 8, others' instructions 16."""
+    return 8 if is_nvidia(device) else 16
 
 
 def _shared_bytes(device: torch.device) -> int:

@@ -121,7 +121,7 @@ def add_product(
         x3 = tl.load(at + 3 * QUADS, mask=inside, other=0.0)
         factor = factors(group, FORMAT, ASSEMBLY)
         spread = tl.broadcast_to(factor[:, :, None], (N, C // 32, 8)).reshape(N, C // 4)
-        w0, w1, w2, w3 = streams(quads, spread, FORMAT, x.dtype.element_ty, ASSEMBLY)
+        w0, w1, w2, w3 = streams(quads, spread, FORMAT, x.dtype.element_ty, ASSEMBLY, M)
         tl.static_assert(not TOKENS_LEFT, "what is unpacked in registers is the left operand")
         accumulator = dot(w0, x0.T, accumulator)
         accumulator = dot(w1, x1.T, accumulator)

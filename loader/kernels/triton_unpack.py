@@ -29,13 +29,14 @@ def factors(scale, FORMAT: tl.constexpr, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def streams(quads, factor, FORMAT: tl.constexpr, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
+def streams(quads, factor, FORMAT: tl.constexpr, dtype: tl.constexpr, ASSEMBLY: tl.constexpr, M: tl.constexpr):
     """The four streams of `quads` times `factor` (`factors`, one number a quad), in `dtype`.
 
-    ``int4_g32``: nibble - 8; ``mxfp4``: E2M1. Rounded once, as the formats' own libraries do it.
+    ``int4_g32``: nibble - 8; ``mxfp4``: E2M1. Rounded once, as the formats' own libraries do it. M: pairs of a block,
+    which say what there is less of, instructions or registers.
     """
     if ASSEMBLY:
-        return _assembly(quads, factor, _INT4 if FORMAT == "int4_g32" else _MXFP4)
+        return _assembly(quads, factor, _INT4 if FORMAT == "int4_g32" else _MXFP4_OF_MANY if M >= 32 else _MXFP4)
     elif FORMAT == "int4_g32":
         return (
             _int4(quads, 0, factor, dtype),
@@ -112,6 +113,19 @@ _MXFP4 = _of_two_quads(
     ],
     [("$5", "zero")],
 )
+# The same in more instructions and fewer registers, which blocks of many pairs need for their sums. One multiplication
+# adds up two shifts of a nibble, of its sign and of the rest; both move up only in the first two nibbles of a quad, and
+# the last two are its first ones once it is shifted.
+_MXFP4_OF_MANY = _of_two_quads(
+    ".reg .b32 h; shr.u32 h, $4, 8;",
+    [
+        "and.b32 n, $4, 0x000F000F; mul.lo.u32 n, n, 0x1040; and.b32 {out}, n, 0x81C081C0;",
+        "and.b32 n, $4, 0x00F000F0; mul.lo.u32 n, n, 0x0104; and.b32 {out}, n, 0x81C081C0;",
+        "and.b32 n, h, 0x000F000F; mul.lo.u32 n, n, 0x1040; and.b32 {out}, n, 0x81C081C0;",
+        "and.b32 n, h, 0x00F000F0; mul.lo.u32 n, n, 0x0104; and.b32 {out}, n, 0x81C081C0;",
+    ],
+    [("$5", "zero")],
+)
 # Four codes of E8M0 ($2) to pairs of bf16 in $0 and $1: 2 ** (code - 1), as `_MXFP4` leaves its numbers 2 ** -126 too
 # small. A code is bf16's exponent, but that 0 is a subnormal number; times 2 ** 126 codes above 128 are infinite, so
 # that a scale of 2 ** 2 and more, which no weights have, is loud.
@@ -130,7 +144,7 @@ _FOUR = tl.constexpr((tl.bfloat16,) * 4)
 
 @triton.jit
 def _assembly(quads, factor, ASM: tl.constexpr):
-    """Run `_INT4` or `_MXFP4`, two quads at a time."""
+    """Run `_INT4`, `_MXFP4` or `_MXFP4_OF_MANY`, two quads at a time."""
     return tl.inline_asm_elementwise(
         asm=ASM,
         constraints="=&r,=&r,=&r,=&r,r,r",

@@ -82,6 +82,7 @@ INSTRUCTIONS: Mapping[str, Callable[..., Tensor]] = {
     "and.b32": lambda a, b: a & b,
     "shl.b32": lambda a, b: a << b,
     "shr.u32": lambda a, b: a >> b,
+    "mul.lo.u32": lambda a, b: a * b,
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
     "max.bf16x2": _max,

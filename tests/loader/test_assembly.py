@@ -58,7 +58,8 @@ def test_int4_with_all_scales() -> None:
             require_equal(found[f"${stream}"], (first - 8) * low, (second - 8) * high)
 
 
-def test_mxfp4_with_all_scales() -> None:
+@pytest.mark.parametrize("name", ["_MXFP4", "_MXFP4_OF_MANY"])
+def test_mxfp4_with_all_scales(name: str) -> None:
     from loader.kernels import triton_unpack
 
     registers = two_quads()
@@ -66,7 +67,7 @@ def test_mxfp4_with_all_scales() -> None:
     for code in range(LARGEST_CODE + 1):
         other = LARGEST_CODE - code
         given = joined(*(factors[each].expand(len(registers)) for each in (code, other)))
-        found = run(triton_unpack._MXFP4.value, {"$4": registers, "$5": given})
+        found = run(getattr(triton_unpack, name).value, {"$4": registers, "$5": given})
         for stream in range(4):
             numbers = [
                 torch.where(half >= 8, -E2M1[half & 7], E2M1[half & 7]) * 2.0 ** (each - 127)

@@ -97,6 +97,27 @@ def test_equal_scores_go_to_the_lower_number_and_no_expert_twice(kernels: Any) -
     torch.testing.assert_close(weights, torch.full((2, 4), 0.25))
 
 
+def test_more_experts_than_a_warp_chooses_from(kernels: Any) -> None:
+    plain = router(RouterConfig(scoring_func="sigmoid", top_k=8), 600, 64, 3, biased=True, dtype=torch.float32)
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(4))
+    expected = dense(*plain(x), 600)
+    torch.testing.assert_close(dense(*kernels.TritonRouter(plain)(x), 600), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_experts_that_are_shut_out_by_their_bias_come_last(kernels: Any, scoring: Any, groups: int) -> None:
+    """Also where each group has one, so that all groups are worth as little and all are open."""
+    config = RouterConfig(scoring_func=scoring, top_k=2, n_group=groups, topk_group=groups)
+    plain = router(config, 8, 16, 5, biased=True, dtype=torch.float32)
+    bias = plain.e_score_correction_bias
+    assert bias is not None
+    bias.copy_(torch.tensor([-torch.inf, -torch.inf, -torch.inf, 3, -torch.inf, 2, -torch.inf, 1]))
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(6))
+    _, ids = kernels.TritonRouter(plain)(x)
+    assert ids.sort(-1).values.tolist() == [[3, 5]] * 3
+
+
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
 def test_a_logit_that_is_not_a_number_is_loud_and_stays_with_its_token(kernels: Any, scoring: Any) -> None:
     config = RouterConfig(scoring_func=scoring, top_k=3)

@@ -10,7 +10,14 @@ from loader.kernels.triton_unpack import factors, streams
 
 @triton.jit
 def show_unpacked(
-    quads, scale, out, FORMAT: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, ASSEMBLY: tl.constexpr = False
+    quads,
+    scale,
+    out,
+    FORMAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    C: tl.constexpr,
+    ASSEMBLY: tl.constexpr = False,
+    M: tl.constexpr = 16,
 ):
     """All of one matrix ``(ROWS, C)``, in the dtype of `out`."""
     n = tl.arange(0, ROWS)
@@ -19,7 +26,7 @@ def show_unpacked(
     w = tl.load(quads + n[:, None] * (C // 4) + q[None, :])
     s = factors(tl.load(scale + n[:, None] * (C // 32) + g[None, :]), FORMAT, ASSEMBLY)
     s = tl.broadcast_to(s[:, :, None], (ROWS, C // 32, 8)).reshape(ROWS, C // 4)
-    w0, w1, w2, w3 = streams(w, s, FORMAT, out.dtype.element_ty, ASSEMBLY)
+    w0, w1, w2, w3 = streams(w, s, FORMAT, out.dtype.element_ty, ASSEMBLY, M)
     at = out + n[:, None] * C + 4 * q[None, :]
     tl.store(at, w0)
     tl.store(at + 1, w1)
