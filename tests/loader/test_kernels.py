@@ -22,7 +22,7 @@ GPT_OSS = ExpertConfig(limit=7.0, alpha=1.702, up_offset=1.0)
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Of the norm. The interpreter cuts bf16 off where a device rounds, so that errors add up: up to 2**-8 for each."""
 FP8_TOLERANCE = 0.12
-"""Activations in E4M3 have three bits of mantissa; the interpreter cuts off here, too."""
+"""Activations in E4M3 have three bits of mantissa."""
 NARROW_FP8_TOLERANCE = 0.25
 """Up to 2**-3 can be missing twice, in x and in what is between the products; a few columns average nothing out."""
 
