@@ -98,7 +98,7 @@ def tiles(shape: Shape, config: Config, half: str) -> list[Tiles]:
     return found
 
 
-def with_fewer_registers(shape: Shape, config: Config, half: str) -> list[Tiles]:
+def fewer_registers(shape: Shape, config: Config, half: str) -> list[Tiles]:
     """The tiles of a half again, of which more thread blocks fit a multiprocessor.
 
     What is unpacked waits for its own instructions, and so for others to have some between; there registers are short.

@@ -20,21 +20,26 @@ def call(problem: Problem, config: Config, *, launch: Launch = launch) -> Callab
     return lambda: experts(problem.x_TD, problem.topk_weights_TK, problem.topk_ids_TK, config=config)
 
 
-def routed(problem: Problem) -> Problem:
-    """The problem as our router has it; raises `BenchError` where it sends tokens elsewhere than the reference does.
+def rerouted(problem: Problem) -> Problem:
+    """The problem itself, or, where our router sends some token elsewhere than the reference does, as ours has it.
 
-    A score that two sums make equal to another's may fall to either side, so that one token in a hundred may differ.
+    A score that two sums make equal to another's may fall to either side, so that one token in a hundred may differ;
+    raises `BenchError` where more do.
     """
-    weights_TK, ids_TK = TritonRouter(problem.router, problem.model.n_shared)(problem.x_TD)
+    weights_TK, ids_TK = _router(problem)(problem.x_TD)
     differs_T = (ids_TK.sort(-1).values != problem.topk_ids_TK.sort(-1).values).any(-1)
     if (count := int(differs_T.sum())) > 1 + len(differs_T) // 100:
         raise BenchError(f"our router sends {count} of {len(differs_T)} tokens elsewhere than the reference")
-    return replace(problem, topk_weights_TK=weights_TK, topk_ids_TK=ids_TK)
+    return replace(problem, topk_weights_TK=weights_TK, topk_ids_TK=ids_TK) if count else problem
+
+
+def _router(problem: Problem) -> TritonRouter:
+    return TritonRouter(problem.router, problem.model.n_shared)
 
 
 def layer_call(problem: Problem, config: Config) -> Callable[[], Tensor]:
     """All slots as one stack, after the router that chooses them."""
-    experts, router = TritonExperts(problem.experts), TritonRouter(problem.router, problem.model.n_shared)
+    experts, router = TritonExperts(problem.experts), _router(problem)
     return lambda: experts(problem.x_TD, *router(problem.x_TD), config=config)
 
 

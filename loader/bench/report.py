@@ -52,10 +52,9 @@ class Point:
 
     def as_json(self) -> dict[str, Any]:
         """Flat, with each peer's time under its own name."""
-        fields = ("shape", "tp", "format", "tokens", "ours_us", "floor_us", "ours_over_floor", "ours_apart_us")
-        answer = {name: _rounded(getattr(self, name)) for name in fields}
-        answer |= {"layer_us": _rounded(self.layer_us), "error": _rounded(self.error)}
-        answer |= {"memory_us": _rounded(self.memory_us), "arithmetic_us": _rounded(self.arithmetic_us)}
+        what = ("shape", "tp", "format", "tokens")
+        figures = ("ours_us", "floor_us", "ours_over_floor", "ours_apart_us", "layer_us", "error")
+        answer = {name: _rounded(getattr(self, name)) for name in (*what, *figures, "memory_us", "arithmetic_us")}
         answer |= {f"{name}_us": _rounded(value) for name, value in self.peers.items()}
         return answer | {"absent": self.absent, "config": self.config, "measured": self.measured}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loader.bench import ours
-from loader.bench.candidates import candidates, some_tiles, with_fewer_registers, with_tiles
+from loader.bench.candidates import candidates, fewer_registers, some_tiles, with_tiles
 from loader.bench.problem import Problem
 from loader.bench.report import first_line
 from loader.bench.timing import microseconds, settle
@@ -76,7 +76,7 @@ def search(
     for half in ("gate_up", "down"):
         best = round_of([with_tiles(best, half, each) for each in some_tiles(shape, best, half, most, draw)])
     for half in ("gate_up", "down") if is_nvidia(device) else ():  # others' compilers take no bound
-        best = round_of([with_tiles(best, half, each) for each in with_fewer_registers(shape, best, half)])
+        best = round_of([with_tiles(best, half, each) for each in fewer_registers(shape, best, half)])
     if math.isinf(times[best]):
         raise BenchError(f"of {len(times)} configurations none runs for {shape} with {tokens} tokens: {reason}")
     ran = sum(math.isfinite(each) for each in times.values())

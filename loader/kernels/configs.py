@@ -214,9 +214,9 @@ def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
         # Shared memory for two thread blocks, of which one multiplies while the other one unpacks.
         return Tiles(block_n=128 // rows, block_c=128, warps=4, stages=3 if shape.format == "mxfp4" else 2, group=8)
     if shape.format in PACKED:
-        narrow = block_m == 16 or (block_m == 8 and shape.format == "int4_g32")
-        block_n = 128 if rows == 1 else 32 if narrow else 64
-        stages = 5 if rows == 1 and narrow and shape.format == "int4_g32" else 3
+        is_int4 = shape.format == "int4_g32"
+        block_n = 128 if rows == 1 else 32 if block_m == 16 or (block_m == 8 and is_int4) else 64
+        stages = 5 if rows == 1 and block_m <= 16 and is_int4 else 3
         return Tiles(block_n=block_n, block_c=256 if inner >= 256 else 128, warps=4, stages=stages, programs=walks)
     if block_m >= LARGE:
         return Tiles(block_n=128, block_c=64, warps=8, stages=3, group=8, tokens_left=True)

@@ -28,6 +28,7 @@ def _column(i, BLOCK_N: tl.constexpr, STREAMED: tl.constexpr):
 @triton.jit
 def _place(begin_n, i, BLOCK_N: tl.constexpr, F: tl.constexpr, STREAMED: tl.constexpr):
     """Where number i of a tile goes in a row of `out`, said so that the compiler sees what lies side by side."""
+    begin_n = tl.multiple_of(begin_n, BLOCK_N)
     if STREAMED:
         return i // (BLOCK_N // 4) * (F // 4) + begin_n // 4 + i % (BLOCK_N // 4)
     else:
@@ -195,7 +196,6 @@ def _tile_of_gate_up(
     mask = here_M[:, None]
     if F % BLOCK_N != 0:
         mask &= (begin_n + _column(i, BLOCK_N, STREAMED) < F)[None, :]
-    begin_n = tl.multiple_of(begin_n, BLOCK_N)
     place = _place(begin_n, i, BLOCK_N, F, STREAMED)
     if SPLITS == 1:
         h_MN = gated(gate_MN, up_MN, LIMIT, ALPHA, UP_OFFSET)

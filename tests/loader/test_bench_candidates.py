@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from jsonschema import Draft202012Validator
 
-from loader.bench.candidates import candidates, some_tiles, tiles, with_fewer_registers
+from loader.bench.candidates import candidates, fewer_registers, some_tiles, tiles
 from loader.bench.problem import FORMATS, Model
 from loader.kernels.configs import HOPPER_SHARED_BYTES as SHARED_BYTES
 from loader.kernels.configs import PACKED, Config, Shape, Tiles, default
@@ -116,7 +116,7 @@ def test_registers_are_bounded_where_thread_blocks_wait_for_their_own_instructio
         shape = Model.of("kimi-k2.5", format_name, 8).shape
         config = default(shape, tokens, 132)
         for half in ("gate_up", "down"):
-            found = with_fewer_registers(shape, config, half)
+            found = fewer_registers(shape, config, half)
             assert len({each.registers for each in found} - {0}) == len(found) == count
             assert {replace(each, registers=0) for each in found} <= {getattr(config, half)}
 

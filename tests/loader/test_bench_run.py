@@ -38,7 +38,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(run, "TOUCHED_BYTES", 1)
     monkeypatch.setattr(run, "microseconds", Clock())
-    # As test_kernels.py has it: the interpreter cuts E4M3 off where a device rounds.
+    # As test_kernels.py has it: the layers are small.
     monkeypatch.setattr(run, "ACCURACY", {"fp8_block": 0.12})
     monkeypatch.setattr(run, "probe", lambda parameters, slots, block: None)
     monkeypatch.setattr(run, "PROBE_BLOCKS", (2048,))  # one reading of the clock for the floor
@@ -103,6 +103,17 @@ def test_a_wrong_kernel_is_refused_before_it_is_timed(bench: Any, monkeypatch: p
     with pytest.raises(BenchError, match=r"^ours.* is 0\.\d+ off the reference, allowed are"):
         measure(bench)
     assert len(bench.microseconds.asked) < 2
+
+
+def test_a_router_may_differ_in_a_near_tie_and_not_in_more(bench: Any) -> None:
+    (problem,) = bench.problems_of(model(), [random_experts(model(), "cpu", 0)], 4, 0)[:1]
+    assert bench.ours.rerouted(problem) is problem
+    ids = problem.topk_ids_TK
+    elsewhere = torch.cat([(ids[:, :2] + 1) % 6, ids[:, 2:]], 1)
+    once = replace(problem, topk_ids_TK=torch.cat([elsewhere[:1], ids[1:]]))
+    assert torch.equal(bench.ours.rerouted(once).topk_ids_TK.sort(-1).values, ids.sort(-1).values)
+    with pytest.raises(BenchError, match="our router sends 4 of 4 tokens elsewhere than the reference"):
+        bench.ours.rerouted(replace(problem, topk_ids_TK=elsewhere))
 
 
 def test_a_kernel_that_gives_no_numbers_is_refused(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

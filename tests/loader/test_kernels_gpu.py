@@ -62,8 +62,8 @@ def test_a_load_is_verified_and_its_backend_too(
     assert first and first.whole and 0 < first.figure <= first.tolerance and second is None
 
 
-@pytest.mark.parametrize("format_name", ["int4_g32", "mxfp4"])
-def test_assembly_is_its_twin_bit_for_bit(device: str, format_name: str) -> None:
+@pytest.mark.parametrize(("format_name", "pairs"), [("int4_g32", 16), ("mxfp4", 16), ("mxfp4", 32)])
+def test_assembly_is_its_twin_bit_for_bit(device: str, format_name: str, pairs: int) -> None:
     """With every scale that it is exact for: all of bf16's size, and E8M0 codes up to 128."""
     from tests.loader.unpacked import show_unpacked
 
@@ -76,7 +76,8 @@ def test_assembly_is_its_twin_bit_for_bit(device: str, format_name: str) -> None
     shown: list[Any] = []
     for assembly in (False, True):
         shown.append(torch.empty(rows, columns, dtype=torch.bfloat16, device=device))
-        show_unpacked[1,](quads, scale, shown[-1], FORMAT=format_name, ROWS=rows, C=columns, ASSEMBLY=assembly)
+        sizes = {"ROWS": rows, "C": columns, "M": pairs}
+        show_unpacked[1,](quads, scale, shown[-1], FORMAT=format_name, ASSEMBLY=assembly, **sizes)
     twin, assembled = (each.view(torch.int16) for each in shown)
     assert bool(((twin == assembled) | ~finite.to(device)).all())
 
