@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
 from functools import cache
 from typing import Any
@@ -10,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+log = logging.getLogger(__name__)
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
@@ -37,3 +41,29 @@ def overlapping(device: torch.device) -> dict[str, Any]:
     if not is_nvidia(device) or torch.cuda.get_device_capability(device) < (9, 0):
         return {}
     return {"PDL": True, "launch_pdl": True}
+
+
+def leave_cache(compiled: Any) -> None:
+    """Ask that multiprocessors keep most of their memory as cache while this kernel runs: a short one, before others.
+
+    Else the driver makes room for as many of its thread blocks as fit, and the kernels after it keep what they find.
+    Products of packed formats read a few bytes of each row of scales at a time, and so again and again from a cache
+    that is large enough. `compiled` is what a launch gives; what was not loaded is left alone.
+    """
+    function = getattr(compiled, "function", None)
+    if function is not None and torch.version.hip is None:
+        _prefer_cache(function)
+
+
+@cache
+def _prefer_cache(function: int) -> None:
+    """Once for each loaded kernel; it is a hint, so that what fails costs time alone."""
+    carveout, percent = 9, 20  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT of CUDA's driver API
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), carveout, percent)
+    except OSError as error:
+        failed = error
+    if failed:
+        log.warning(
+            "the router's kernel keeps the shared memory that the driver gives it: cuFuncSetAttribute: %s", failed
+        )

@@ -37,14 +37,14 @@ MOST_WORK = 2**31 - 1
 """Pairs and tiles are counted in int32 on the device."""
 
 
-Launch = Callable[..., None]
-"""What to do with a kernel, its grid and its arguments."""
+Launch = Callable[..., Any]
+"""What to do with a kernel, its grid and its arguments; gives the compiled kernel where it runs one."""
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> Any:
     """Run it, on the device of its first argument, whichever is the thread's current one."""
     with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, **options, **overlapping(arguments[0].device))
+        return kernel[grid](*arguments, **options, **overlapping(arguments[0].device))
 
 
 class TritonExperts:

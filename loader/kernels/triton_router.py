@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 BLOCK_E, BLOCK_C = 64, 64
 MOST_SPLITS = 16
+MOST_T = 64
+"""Tokens of a block, at most; where one has fewer, the product is short."""
+LITTLE_SHARED_BYTES = 48 << 10
+"""Shared memory of a thread block beyond which Triton asks for as much of it as there is, and so for a small cache."""
 
 
 class TritonRouter(nn.Module):
@@ -33,6 +37,7 @@ class TritonRouter(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """``topk_weights`` in float32 and ``topk_ids`` in int32, both ``(T, K + S)``."""
         from loader.kernels.triton_choose import choose, router_logits
+        from loader.kernels.triton_device import leave_cache
         from loader.kernels.triton_layer import launch
 
         run = self.launch or launch
@@ -43,12 +48,13 @@ class TritonRouter(nn.Module):
         ids = torch.empty(tokens, slots, dtype=torch.int32, device=x_TD.device)
         if not tokens:
             return weights, ids
-        block_t = min(power_of_two(tokens, 16), 64)
+        block_t = min(power_of_two(tokens, 16), MOST_T)
         tiles = -(-experts // BLOCK_E) * -(-tokens // block_t)
         # About two programs to a multiprocessor of the largest devices, each with some steps to overlap its loads.
         splits = max(1, min(MOST_SPLITS, 256 // tiles, hidden // (4 * BLOCK_C)))
         logits = torch.empty(splits, tokens, experts, dtype=torch.float32, device=x_TD.device)
-        run(
+        stage_bytes = (BLOCK_E + block_t) * BLOCK_C * weight_ED.element_size()
+        compiled = run(
             router_logits,
             (-(-experts // BLOCK_E), -(-tokens // block_t), splits),
             x_TD,
@@ -62,8 +68,10 @@ class TritonRouter(nn.Module):
             BLOCK_E=BLOCK_E,
             BLOCK_C=BLOCK_C,
             num_warps=4,
-            num_stages=4 if weight_ED.dtype.itemsize == 2 else 2,
+            num_stages=max(2, min(4, LITTLE_SHARED_BYTES // stage_bytes)),
         )
+        if block_t < MOST_T:
+            leave_cache(compiled)
         logit_bias, choice_bias = self.router.bias, self.router.e_score_correction_bias
         run(
             choose,

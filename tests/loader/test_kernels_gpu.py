@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from gatekeeper import read_facts
 from loader import Verifier, build
 from loader.bench.candidates import candidates
-from loader.bench.problem import FORMATS, Model, problems, random_experts
+from loader.bench.problem import FORMATS, Model, problems, random_experts, random_router
 from loader.kernels.configs import default
 from loader.kernels.eager import eager
+from loader.moe import SharedSlotRouter
 from loader.planner import runner_layers
 from tests.loader.fakes import shipped
 from tests.loader.test_build import planned
@@ -45,6 +47,45 @@ def test_real_widths_by_every_way_to_walk_a_layer(device: str, format_name: str,
         actual = ours.call(problem, config)()
         error = float((actual.double() - expected.double()).norm() / expected.double().norm())
         assert error <= ACCURACY.get(format_name, USUAL_ACCURACY), config
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40, 300])
+@pytest.mark.parametrize("name", ["kimi-k2.5", "deepseek-v3", "qwen3-30b-a3b"])
+def test_a_router_of_real_size_chooses_as_the_reference_does(device: str, name: str, tokens: int) -> None:
+    from loader.bench import ours
+
+    model = Model.of(name, "int4_g32", 1)
+    generator = torch.Generator(device).manual_seed(tokens)
+    router = random_router(model, device, generator)
+    x_TD = torch.randn(tokens, model.hidden_size, device=device, generator=generator).bfloat16()
+    expected_weights, expected_ids = SharedSlotRouter(router, 1, gate=None)(x_TD)
+    weights, ids = ours.TritonRouter(router, 1)(x_TD)
+    slots = model.n_routed + 1
+    ours_TE, theirs_TE = (
+        torch.zeros(tokens, slots, device=device).scatter_add_(1, chosen.long(), by.float())
+        for by, chosen in ((weights, ids), (expected_weights, expected_ids))
+    )
+    # A score that two sums make equal to another's may fall to either side.
+    off = (ours_TE - theirs_TE).abs().amax(1) > 1e-3 * theirs_TE.abs().amax(1)
+    assert int(off.sum()) <= tokens // 50
+
+
+def test_the_router_of_a_few_tokens_leaves_cache_to_what_follows(device: str) -> None:
+    from loader.kernels.triton_layer import launch
+    from loader.kernels.triton_router import TritonRouter
+
+    compiled: dict[str, Any] = {}
+
+    def keep(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> Any:
+        compiled[kernel.fn.__name__] = launch(kernel, grid, *arguments, **options)
+        return compiled[kernel.fn.__name__]
+
+    router = random_router(Model.of("kimi-k2.5", "int4_g32", 8), device, torch.Generator(device).manual_seed(0))
+    for tokens, expected in ((1, 20), (300, -1)):
+        TritonRouter(router, 1, launch=keep)(torch.randn(tokens, 7168, device=device).bfloat16())
+        found, function = ctypes.c_int(), ctypes.c_void_p(compiled["router_logits"].function)
+        assert ctypes.CDLL("libcuda.so.1").cuFuncGetAttribute(ctypes.byref(found), 9, function) == 0
+        assert found.value == expected
 
 
 @pytest.mark.parametrize("on", [False, True], ids=["separate", "slot"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,3 +133,32 @@ def test_a_logit_that_is_not_a_number_is_loud_and_stays_with_its_token(kernels: 
     for token in (0, 1, 3):
         assert torch.equal(weights[token], clean[0][token])
         assert torch.equal(ids[token], clean[1][token])
+
+
+def test_a_hint_that_no_driver_takes_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Here there is no driver; a launch that compiled nothing needs none."""
+    from loader.kernels.triton_device import leave_cache
+
+    leave_cache(None)
+    leave_cache(SimpleNamespace(function=None))
+    assert not caplog.records
+    for _ in range(2):
+        leave_cache(SimpleNamespace(function=12345))
+    (record,) = caplog.records
+    assert "libcuda.so.1" in record.getMessage()
+
+
+def test_stages_leave_room_for_a_cache(kernels: Any) -> None:
+    """Triton asks for all shared memory as soon as a thread block takes more than 48 KB."""
+    seen: list[dict[str, Any]] = []
+
+    def keep(_kernel: Any, _grid: Any, *_arguments: Any, **options: Any) -> None:
+        seen.append(options)
+
+    for dtype in (torch.bfloat16, torch.float32):
+        plain = router(RouterConfig(scoring_func="sigmoid", top_k=8), 384, 128, 0, biased=True, dtype=dtype)
+        for tokens in (1, 32, 300):
+            kernels.TritonRouter(plain, launch=keep)(torch.zeros(tokens, 128, dtype=dtype))
+            product = seen[-2]
+            stage = (product["BLOCK_T"] + product["BLOCK_E"]) * product["BLOCK_C"] * dtype.itemsize
+            assert product["num_stages"] == 2 or product["num_stages"] * stage <= 48 << 10
