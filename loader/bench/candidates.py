@@ -70,7 +70,7 @@ def tiles(shape: Shape, config: Config, half: str) -> list[Tiles]:
     inner = shape.hidden_size // config.splits if half == "gate_up" else shape.width
     rows = 2 if half == "gate_up" else 1
     large = config.block_m >= LARGE
-    steps = [128] if shape.format == "fp8_block" else [128, 256] if packed else [64, 128, 256]
+    steps = [128] if shape.format == "fp8_block" else [128, 256, 512] if packed else [64, 128, 256]
     found = []
     for block_n in (16, 32, 64, 128, 256):
         if not 32 <= block_n * rows <= 256 or (large and block_n * rows < 64):
