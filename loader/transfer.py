@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gatekeeper import TensorInfo
 from loader.checkpoint import Checkpoint, bytes_of
+from loader.pages import populate
 
 PIECE_BYTES = 8 << 20
 """What is read as one: large enough that what Python does for it is nothing, small enough to stay in the cache."""
@@ -227,6 +228,8 @@ class _Lane:
     def carry(self, piece: Piece) -> None:
         """Read a piece and send it; while this thread waits for that, others read."""
         if not self._staged:
+            for part in piece.into:
+                populate(part)
             self._read(piece, [bytes_of(part) for part in piece.into])
             return
         self.reserve(piece.nbytes)

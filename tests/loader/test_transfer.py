@@ -84,6 +84,18 @@ def test_anything_cut_out_arrives_by_any_way(
         assert torch.equal(moved(checkpoint, name, CUTS["all"], staged=staged), TENSORS[name])
 
 
+@pytest.mark.parametrize("staged", [False, True], ids=["direct", "staged"])
+@pytest.mark.parametrize("cut", ["all", "columns"])
+def test_pages_of_what_is_read_into_are_made_before(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, cut: str, staged: bool
+) -> None:
+    """All that a load writes on the CPU is new memory; what is staged is written by a copy."""
+    made: list[Tensor] = []
+    monkeypatch.setattr(loader.transfer, "populate", made.append)
+    found = moved(checkpoint, "matrix", CUTS[cut], staged=staged)
+    assert [each.nbytes for each in made] == ([] if staged else [found.nbytes])
+
+
 def test_the_first_error_is_raised_and_nothing_is_written_after_that(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
