@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gatekeeper import load_rules
+from loader.checkpoint import DTYPES
 from loader.formats.layouts import layout_of
 from loader.make_checkpoint import Recipe, make_checkpoint
 from loader.shards import write_shards
@@ -109,7 +110,7 @@ def _mlp(shape: Shape, module: str, numbers: _Numbers) -> dict[str, Tensor]:
     for projection, (rows, columns) in sizes.items():
         for part in layout.parts:
             tensors[f"{module}.{projection}_proj.{part.suffix}"] = numbers.take(
-                part.shape(rows, columns), part.dtype, is_scale=part.role == "scale"
+                part.shape(rows, columns), DTYPES[part.dtype], is_scale=part.role == "scale"
             )
         if noted:
             tensors[f"{module}.{projection}_proj.{noted}"] = torch.tensor([rows, columns])

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from gatekeeper import Facts, decide, load_rules, read_facts
 from loader.checkpoint import bytes_of
-from loader.load import Prepared, load_prepared, prepare
+from loader.load import load_prepared
+from loader.prepared import Prepared, prepare
 from loader.transfer import PIECE_BYTES
 
 RANK, TP_SIZE = 3, 8

@@ -20,7 +20,7 @@ import structlog
 
 from benchmarks.load_checkpoint import SHAPES, checkpoint
 from benchmarks.load_contenders import ours, prepared
-from loader.load import Prepared
+from loader.prepared import Prepared
 
 KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "OMP_NUM_THREADS": "1"}
 """glibc takes all memory from one heap and gives nothing back; torch starts no threads beside those counted here."""

@@ -11,6 +11,7 @@ from gatekeeper.formats import Format, PartSpec, Signature, Storage, Term
 from gatekeeper.lean import CompiledFeature
 from gatekeeper.load import load_rules, parse_rule_set
 from gatekeeper.moe_tensors import MoeTensors, find_moe_layers
+from gatekeeper.providers import CheckpointReading
 from gatekeeper.reading import join, open_target, read_facts, runners_of
 from gatekeeper.rules import RuleSet
 from gatekeeper.stacking import View
@@ -20,6 +21,7 @@ __all__ = [
     "ABSENT",
     "UNKNOWN",
     "CheckpointError",
+    "CheckpointReading",
     "CompiledFeature",
     "Decision",
     "Decisions",

@@ -1,7 +1,7 @@
 """Load the MoE layers of a checkpoint exactly as the gatekeeper decided, or refuse with everything that is wrong.
 
-The names here are imported when first asked for: torch takes a second and 200 MB, and a torn checkpoint is refused
-without it.
+The names here are imported when first asked for: torch takes a second and 200 MB, and to plan, or to refuse what is
+torn or does not fit, takes none of it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loader.build import build
     from loader.errors import BuildError, PlanError, PlanFault, StaleDecisionError, VerificationError
-    from loader.load import load_moe, prepare
+    from loader.load import load_moe
     from loader.make_checkpoint import Recipe, make_checkpoint
-    from loader.moe import MoELayer, RouterConfig
+    from loader.moe import MoELayer
     from loader.plan import LayerPlan, Placement, Plan, Rank
     from loader.planner import build_plan
+    from loader.prepared import prepare
     from loader.rank import plan_of_rank
+    from loader.router_config import RouterConfig
     from loader.verify import Verified, Verifier, agreement, verify
 
 __all__ = [
@@ -50,12 +52,14 @@ __all__ = [
 _HOMES = {
     "build": ("build",),
     "errors": ("BuildError", "PlanError", "PlanFault", "StaleDecisionError", "VerificationError"),
-    "load": ("load_moe", "prepare"),
+    "load": ("load_moe",),
     "make_checkpoint": ("Recipe", "make_checkpoint"),
-    "moe": ("MoELayer", "RouterConfig"),
+    "moe": ("MoELayer",),
     "plan": ("LayerPlan", "Placement", "Plan", "Rank"),
     "planner": ("build_plan",),
+    "prepared": ("prepare",),
     "rank": ("plan_of_rank",),
+    "router_config": ("RouterConfig",),
     "verify": ("Verified", "Verifier", "agreement", "verify"),
 }
 

@@ -7,15 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch.nn.functional as F
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _silu(x: Tensor) -> Tensor:
+    from torch.nn.functional import silu  # to plan takes no torch
+
+    return silu(x)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    from torch.nn.functional import gelu
+
+    return gelu(x, approximate="tanh")
+
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+    {"silu": _silu, "gelu_pytorch_tanh": _gelu_tanh}
 )
 """By `hidden_act` of config.json."""
 

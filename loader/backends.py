@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loader.activation import ExpertConfig
+from loader.checkpoint import DTYPES
 from loader.formats.bf16 import Dense
 from loader.kernels import ON_TRITON, ExpertWeights
 from loader.kernels.eager import eager
@@ -56,7 +57,7 @@ def kind_of(plan: LayerPlan) -> Hashable:
 def compute_dtype(plan: LayerPlan) -> torch.dtype:
     """What an engine runs the layer in: bfloat16; the Triton kernels take what isn't quantized in its own dtype."""
     layouts = [plan.layout] + ([plan.shared_layout] if plan.shared_layout else [])
-    dense = {layout.parts[0].dtype for layout in layouts if isinstance(layout.format, Dense)}
+    dense = {DTYPES[layout.parts[0].dtype] for layout in layouts if isinstance(layout.format, Dense)}
     if plan.backend not in ON_TRITON or not dense:
         return torch.bfloat16
     return dense.pop() if len(dense) == 1 else torch.float32

@@ -20,7 +20,7 @@ from torch import nn
 from gatekeeper import Index
 from loader.accounts import Slot
 from loader.activation import ExpertConfig
-from loader.checkpoint import Checkpoint
+from loader.checkpoint import DTYPES, Checkpoint
 from loader.errors import BuildError
 from loader.filling import Filling
 from loader.formats import Layout
@@ -32,13 +32,13 @@ from loader.moe import (
     Experts,
     MoELayer,
     Router,
-    RouterConfig,
     SharedExpert,
     SharedGate,
     SharedSlotRouter,
     empty_parameter,
 )
 from loader.plan import LayerPlan, Plan
+from loader.router_config import RouterConfig
 from loader.transfer import Transfers
 
 SWITCH_SECONDS = 1e-4
@@ -260,7 +260,7 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Sk
     specs = {param.name.removeprefix(base): param for param in plan.params}
 
     def vacant(name: str) -> nn.Parameter:
-        return empty_parameter(specs[name].shape, specs[name].dtype)
+        return empty_parameter(specs[name].shape, DTYPES[specs[name].dtype])
 
     bias = vacant(router.bias_parameter) if plan.router_bias else None
     routing = Router(router, vacant("router.weight"), bias)
@@ -270,7 +270,9 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Sk
         homes["shared_gate.weight"] = (gate, "weight")
 
     def stack(prefix: str, layout: Layout, n_experts: int, width: int, n_shared: int = 0) -> Experts:
-        biases = {name: spec.dtype for name in ("w13_bias", "w2_bias") if (spec := specs.get(f"{prefix}.{name}"))}
+        biases = {
+            name: DTYPES[spec.dtype] for name in ("w13_bias", "w2_bias") if (spec := specs.get(f"{prefix}.{name}"))
+        }
         made = Experts(
             layout,
             n_experts=n_experts,
@@ -296,7 +298,7 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Sk
     layer = MoELayer(index=plan.index, name=plan.name, router=chooser, experts=experts, shared=shared)
     skeleton = _Skeleton(layer, plan, {base + name: home for name, home in homes.items()})
     declared = {name: (tuple(p.shape), p.dtype) for name in skeleton.homes for p in [skeleton.parameter(name)]}
-    if declared != {param.name: (param.shape, param.dtype) for param in plan.params}:
+    if declared != {param.name: (param.shape, DTYPES[param.dtype]) for param in plan.params}:
         raise BuildError(f"layer {plan.index}: the plan's parameters are not those of its modules: {sorted(declared)}")
     return skeleton
 
@@ -319,7 +321,7 @@ def _allocate(skeleton: _Skeleton, device: torch.device) -> None:
     for param in skeleton.plan.params:
         module, attribute = skeleton.homes[param.name]
         try:
-            memory = torch.empty(param.shape, dtype=param.dtype, device=device)
+            memory = torch.empty(param.shape, dtype=DTYPES[param.dtype], device=device)
         except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
             first = str(error).splitlines()[0]
             raise BuildError(f"no memory for {param.name}, {param.nbytes} bytes on {device}: {first}") from None

@@ -20,25 +20,10 @@ import torch
 from torch import Tensor
 
 from gatekeeper import CheckpointError, Index, TensorInfo
+from loader.dtypes import NAMES
 
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "BOOL": torch.bool,
-        "U8": torch.uint8,
-        "I8": torch.int8,
-        "I16": torch.int16,
-        "I32": torch.int32,
-        "I64": torch.int64,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F32": torch.float32,
-        "F64": torch.float64,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "F8_E8M0": torch.float8_e8m0fnu,
-    }
-)
-"""safetensors' word for a dtype to torch's; https://github.com/huggingface/safetensors, ``tensor.rs``."""
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType({word: getattr(torch, name) for word, name in NAMES.items()})
+"""safetensors' word for a dtype to torch's."""
 
 MOST_MEMORIES_A_READ = 1024
 """Linux's ``IOV_MAX``."""

@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from gatekeeper import (
+    CheckpointReading,
     Decisions,
     Facts,
     GatekeeperError,
@@ -78,7 +80,7 @@ rank_option = click.option(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """What one command works on."""
 
@@ -89,22 +91,26 @@ class Target:
     runner: Runner | None
     tables: Path | None
 
+    @cached_property
+    def reading(self) -> CheckpointReading:
+        """What the checkpoint says, read once."""
+        return open_target(self.checkpoint, self.rules, keep_faults=True)
+
     def decided(self) -> Iterator[tuple[Facts, Decisions]]:
         """Facts and decisions of each runner, target first."""
-        checkpoint = open_target(self.checkpoint, self.rules, keep_faults=True)
-        for runner in [self.runner] if self.runner else runners_of(checkpoint):
-            facts = self._facts(checkpoint, runner)
+        for runner in [self.runner] if self.runner else runners_of(self.reading):
+            facts = self._facts(runner)
             yield facts, decide(self.rules, facts)
 
-    def _facts(self, checkpoint: Any, runner: Runner) -> Facts:
+    def _facts(self, runner: Runner) -> Facts:
         how: Any = {"platform": self.platform, "settings": self.settings, "rules": self.rules}
-        facts = join(checkpoint, runner=runner, **how)
+        facts = join(self.reading, runner=runner, **how)
         if not isinstance(facts.values.get("platform.device_name"), str):
             return facts
         # Which settings were measured depends on the sizes, which are facts: they are joined once more.
         from loader.measured import measured_facts
 
-        return join(checkpoint, runner=runner, engine=measured_facts(facts, self.tables), **how)
+        return join(self.reading, runner=runner, engine=measured_facts(facts, self.tables), **how)
 
 
 def _target(
@@ -156,7 +162,7 @@ def plan_command(
     device_bytes = _memory(memory)
     target = _target(checkpoint, platform, settings, runner, rules_folder, overlays, tables)
     decided = list(target.decided())
-    from loader.planning import plan_target  # torch takes a second: what can't be read is refused before
+    from loader.planning import plan_target
 
     answers: list[dict[str, Any]] = []
     plans: list[Plan] = []
@@ -164,7 +170,7 @@ def plan_command(
     source = "--memory"
     for facts, decisions in decided:
         pending |= _is_pending(decisions)
-        plan = plan_target(checkpoint, decisions, target.rules, facts, rank)
+        plan = plan_target(checkpoint, decisions, target.rules, facts, rank, target.reading)
         plans.append(plan)
         if device_bytes is None and isinstance(known := facts.values.get("platform.memory_bytes"), int):
             device_bytes, source = known, facts.reading("platform.memory_bytes").witness
@@ -231,7 +237,7 @@ def load_command(
     """Decide, plan and load; exit 1 with every reason if a slot or a tensor is left over."""
     target = _target(checkpoint, platform, settings, runner, rules_folder, overlays, tables)
     decided = list(target.decided())
-    from loader.load import load_prepared, prepare  # torch takes a second: what can't be read is refused before
+    from loader.prepared import prepare
     from loader.progress import progress
     from loader.text import count
 
@@ -239,7 +245,9 @@ def load_command(
     pending = False
     for facts, decisions in decided:
         pending |= _is_pending(decisions)
-        prepared = prepare(checkpoint, decisions, target.rules, facts, rank)
+        prepared = prepare(checkpoint, decisions, target.rules, facts, rank, target.reading)
+        from loader.load import load_prepared  # torch takes a second: what does not fit is refused before
+
         with progress(prepared.plan.nbytes, facts.runner) as moved:
             layers, found = load_prepared(prepared, device, verifies=verifies, tables=tables, moved=moved)
         if as_json:

@@ -13,9 +13,9 @@ from gatekeeper import Decision, Decisions, Facts, GatekeeperError, RuleSet, dec
 from gatekeeper.cli.render import COLOURS, decision_lines
 from loader.build import build
 from loader.errors import Code, PlanError, summarise
-from loader.load import prepare
 from loader.make_checkpoint import Recipe, make_checkpoint
 from loader.plan import Plan
+from loader.prepared import prepare
 from loader.verify import agreement, verify
 
 FEATURE = "shared_experts_fusion"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gatekeeper import Family, Format, Index, MoeTensors, TensorInfo
-from loader.checkpoint import DTYPES, dtype_name
+from loader.dtypes import NAMES, is_wide_float, name_of
 from loader.errors import Code, PlanFault
 from loader.formats import FORMATS, Layout, Part, StraddleError, match_layout
 from loader.formats.base import Span
@@ -135,14 +135,13 @@ class _LayerPlanner:
             return
         if self._is_float(name, info, shape):
             param = self._param(name)
-            self.params.append(ParamSpec(name=param, shape=shape, dtype=DTYPES[info.dtype]))
+            self.params.append(ParamSpec(name=param, shape=shape, dtype=info.dtype))
             self.placements.append(Placement(key=info.name, param=param, expert=None, rows=(0, shape[0])))
 
     def _is_float(self, name: str, info: TensorInfo, shape: tuple[int, ...]) -> bool:
         """Whether a tensor has this shape and a floating-point dtype that is no packing; claims it either way."""
-        dtype = DTYPES.get(info.dtype)
         self.claimed.add(info.name)
-        if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
+        if not is_wide_float(info.dtype):
             self._fault("dtype", info.name, f"{name} must be a float of 16 bits or more, the tensor is {info.dtype}")
         elif info.shape != shape:
             self._fault("shape", info.name, f"{name} is {list(shape)}, the tensor {list(info.shape)}")
@@ -182,16 +181,16 @@ class _LayerPlanner:
         dtypes = Counter(info.dtype for biases in found for info in biases.values())
         dtype = max(dtypes, key=lambda each: dtypes[each], default="")
         for name, size in (("w13_bias", 2 * f), ("w2_bias", d)):
-            if dtype in DTYPES:
+            if dtype in NAMES:
                 param = self._param(f"experts.{name}")
-                self.params.append(ParamSpec(name=param, shape=(n_slots, size), dtype=DTYPES[dtype]))
+                self.params.append(ParamSpec(name=param, shape=(n_slots, size), dtype=dtype))
         for expert, biases in enumerate(found):
             for projection, name, rows in ((GATE, "w13", (0, f)), (UP, "w13", (f, 2 * f)), (DOWN, "w2", (0, d))):
                 info, where = biases.get(projection), f"slot {expert} of {name}_bias"
                 if info is None:
                     self._fault("missing", f"{self._base(expert, projection)}{suffix}", f"{where}: no tensor")
                 elif info.dtype != dtype:
-                    self._fault("dtype", info.name, f"{where} is {_dtype(info)}, others are {dtype}")
+                    self._fault("dtype", info.name, f"{where} is {name_of(info.dtype)}, others are {dtype}")
                 elif self._is_float(where, info, (rows[1] - rows[0],)):
                     param = self._param(f"experts.{name}_bias")
                     self.placements.append(
@@ -307,14 +306,14 @@ class _LayerPlanner:
             self._fault(
                 "shape",
                 info.name,
-                f"{what} takes {wanted} {dtype_name(part.dtype)}, the tensor is {list(info.shape)} {_dtype(info)}",
+                f"{what} takes {wanted} {name_of(part.dtype)}, the tensor is {list(info.shape)} {name_of(info.dtype)}",
             )
             return False
-        if DTYPES.get(info.dtype) != part.dtype:
+        if info.dtype != part.dtype:
             self._fault(
                 "dtype",
                 info.name,
-                f"{what} is {dtype_name(part.dtype)}, the tensor {_dtype(info)}; a copy would cast in silence",
+                f"{what} is {name_of(part.dtype)}, the tensor {name_of(info.dtype)}; a copy would cast in silence",
             )
             return False
         return True
@@ -360,7 +359,7 @@ class _LayerPlanner:
         owned |= {name for name in self.index.tensors if name.startswith(inside)}
         for name in owned - self.claimed:
             info = self.index.tensors[name]
-            self._fault("unexpected", name, f"no slot takes this tensor, {list(info.shape)} {_dtype(info)}")
+            self._fault("unexpected", name, f"no slot takes this tensor, {list(info.shape)} {name_of(info.dtype)}")
 
     def _fault(self, code: Code, key: str, problem: str) -> None:
         self.faults.append(PlanFault(layer=self.layer.index, tensor=key, code=code, problem=problem))
@@ -392,8 +391,3 @@ class _LayerPlanner:
         if self.layer.stacked and names.stacked is not None:
             return f"{self.layer.name}.{names.stacked.name_of(projection)}."
         return f"{self.layer.name}.{names.routed.format(expert=expert, projection=names.projections[projection])}."
-
-
-def _dtype(info: TensorInfo) -> str:
-    dtype = DTYPES.get(info.dtype)
-    return info.dtype if dtype is None else dtype_name(dtype)

@@ -7,7 +7,6 @@ U experts asked for at once. Everything is built on the meta device; weights arr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
@@ -16,38 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loader.activation import ExpertConfig
+from loader.checkpoint import DTYPES
 from loader.formats import Layout, dequantize_stacked
 from loader.kernels import Kernel
 from loader.kernels.tuned import Table
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterConfig:
-    """How a family chooses experts and weighs them."""
-
-    scoring_func: Literal["softmax", "sigmoid"]
-    """Logits to scores: ``sigmoid``."""
-    top_k: int
-    """Routed experts of a token: 8."""
-    n_group: int = 1
-    """Groups that the experts are in: 8; 1 means no groups."""
-    topk_group: int = 1
-    """Groups that a token may choose from: 4."""
-    group_score: Literal["top2_sum", "max"] = "top2_sum"
-    """What a group is worth: ``top2_sum`` with mask -inf (DeepSeek V3), or ``max`` with mask 0.0 (V2)."""
-    norm_topk_prob: bool = True
-    """Whether the chosen weights are divided by their sum."""
-    routed_scaling_factor: float = 1.0
-    """Factor on the routed weights, never on the shared expert: 2.827."""
-    scales_normalised: bool = True
-    """Whether the factor also applies to weights divided by their sum; in DeepSeek V2 it is one or the other."""
-    bias: Literal["choice", "logits"] = "choice"
-    """What a bias is added to: the scores that choose experts, never those that weigh them; or the logits (gpt-oss)."""
-
-    @property
-    def bias_parameter(self) -> str:
-        """What the bias is called in a plan: ``router.e_score_correction_bias``."""
-        return "router.bias" if self.bias == "logits" else "router.e_score_correction_bias"
+from loader.router_config import RouterConfig
 
 
 class Router(nn.Module):
@@ -162,8 +134,8 @@ class Experts(nn.Module):
             self.register_parameter(name, empty_parameter((n_experts, size), biases[name]) if name in biases else None)
         for part in layout.parts:
             rows, columns = part.shape(width, hidden_size)
-            self._declare(f"w13_{part.name}", (n_experts, 2 * rows, columns), part.dtype)
-            self._declare(f"w2_{part.name}", (n_experts, *part.shape(hidden_size, width)), part.dtype)
+            self._declare(f"w13_{part.name}", (n_experts, 2 * rows, columns), DTYPES[part.dtype])
+            self._declare(f"w2_{part.name}", (n_experts, *part.shape(hidden_size, width)), DTYPES[part.dtype])
 
     def _declare(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.register_parameter(name, empty_parameter(shape, dtype))

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
 
 from gatekeeper import View, ranges
 from loader.activation import ExpertConfig
-from loader.checkpoint import dtype_name
 from loader.costs import FusionCost, RankBytes
+from loader.dtypes import itemsize, name_of
 from loader.formats.base import Layout, Span
-from loader.moe import RouterConfig
+from loader.router_config import RouterConfig
 from loader.text import count, human
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +64,13 @@ class ParamSpec:
     """``layers.3.experts.w13_weight_packed``"""
     shape: tuple[int, ...]
     """``(385, 4096, 896)``: slots first where it is stacked."""
-    dtype: torch.dtype
-    """As in the checkpoint: ``torch.int32``."""
+    dtype: str
+    """As in the checkpoint, by safetensors' word: ``I32``."""
 
     @property
     def nbytes(self) -> int:
         """Memory of the parameter."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return prod(self.shape) * itemsize(self.dtype)
 
     @property
     def kind(self) -> Literal["experts", "shared", "routers"]:
@@ -292,7 +293,7 @@ def _layer_json(layer: LayerPlan, tensors: bool) -> dict[str, Any]:
     )
     answer: dict[str, Any] = {key: getattr(layer, key) for key in keys} | {"bytes": layer.nbytes}
     answer["params"] = [
-        {"name": p.name, "shape": list(p.shape), "dtype": dtype_name(p.dtype), "bytes": p.nbytes} for p in layer.params
+        {"name": p.name, "shape": list(p.shape), "dtype": name_of(p.dtype), "bytes": p.nbytes} for p in layer.params
     ]
     answer["placements"] = len(layer.placements)
     answer["unused"] = len(layer.unused)

@@ -8,20 +8,21 @@ from typing import Literal
 
 from gatekeeper import (
     CheckpointError,
+    CheckpointReading,
     Decisions,
     Facts,
     Family,
     Index,
     RuleSet,
     announced_index,
+    join,
     load_rules,
-    read_facts,
-    read_index,
+    open_target,
 )
-from loader.load import family_of, runner_of
 from loader.obey import require_fresh
 from loader.plan import Plan
 from loader.planner import build_plan
+from loader.prepared import family_of, runner_of
 from loader.rank import plan_of_rank
 
 
@@ -31,6 +32,7 @@ def plan_target(
     rules: RuleSet | None = None,
     facts: Facts | None = None,
     rank: int | None = None,
+    checkpoint: CheckpointReading | None = None,
 ) -> Plan:
     """Plan a checkpoint folder or a config.json; reads headers where there are some, and never a weight.
 
@@ -39,14 +41,14 @@ def plan_target(
     """
     decisions.require()
     rules = load_rules() if rules is None else rules
-    fresh = read_facts(target, runner=runner_of(decisions), rules=rules, keep_faults=True)
+    checkpoint = checkpoint or open_target(target, rules, keep_faults=True)
+    fresh = join(checkpoint, runner=runner_of(decisions), platform=None, settings=None, rules=rules)
     require_fresh(decisions, fresh)
     facts, family = facts or fresh, family_of(rules, fresh, target)
-    path = Path(target)
-    index = read_index(path, keep_faults=True) if path.is_dir() else None
     source: Literal["headers", "config"] = "headers"
+    index = checkpoint.index
     if index is None:
-        index, source = _announced(path, facts, fresh, family, rules), "config"
+        index, source = _announced(Path(target), facts, fresh, family, rules), "config"
     plan = replace(build_plan(index, family, facts, decisions, rules.formats), source=source)
     return plan if rank is None else plan_of_rank(plan, rank, plan.per_rank.tp_size, plan.per_rank.ep_size)
 

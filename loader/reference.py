@@ -15,11 +15,11 @@ from torch import Tensor
 
 from gatekeeper import MoeTensors, TensorInfo
 from loader.activation import ExpertConfig
-from loader.moe import RouterConfig
 from loader.narrow import Strip, Strips
 from loader.plan import Plan
 from loader.raw import Reader
 from loader.raw_numbers import raw_numbers
+from loader.router_config import RouterConfig
 
 CLEAR_MARGIN = 1e-5
 """Scores that differ by a smaller part may be ranked either way in float32; such tokens are not compared."""

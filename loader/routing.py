@@ -7,7 +7,7 @@ from typing import Any
 
 from gatekeeper import ABSENT, CheckpointError, Family
 from loader.activation import ACTIVATIONS, ExpertConfig
-from loader.moe import RouterConfig
+from loader.router_config import RouterConfig
 
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 """`topk_method` of DeepSeek's config.json; the first one ignores groups."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import gatekeeper
+from tests.hostile import corpus
 
 HEAVY = ("torch", "safetensors", "numpy", "loader")
 
@@ -91,8 +92,25 @@ def test_every_public_name_of_the_loader_is_found(root: Path) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "[] False"), done.stderr
 
 
+def load_or_plan(root: Path, command: str, folder: Path) -> tuple[int, str, list[str]]:
+    """Exit status, errors, and which heavy modules were imported."""
+    done = python("-c", RUN.replace("gatekeeper.cli", "loader.cli"), command, str(folder), cwd=root)
+    return done.returncode, done.stderr, json.loads(done.stderr.splitlines()[-1])
+
+
 def test_a_torn_checkpoint_is_refused_without_torch(root: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    done = python("-c", RUN.replace("gatekeeper.cli", "loader.cli"), "load", str(tmp_path), cwd=root)
-    assert done.returncode == 1
-    assert json.loads(done.stderr.splitlines()[-1]) == ["loader"]
+    code, _, heavy = load_or_plan(root, "load", tmp_path)
+    assert (code, heavy) == (1, ["loader"])
+
+
+def test_a_checkpoint_is_planned_without_torch(root: Path, tmp_path: Path) -> None:
+    code, errors, heavy = load_or_plan(root, "plan", corpus.sound(tmp_path / "checkpoint"))
+    assert (code, heavy) == (0, ["loader"]), errors
+
+
+@pytest.mark.parametrize("name", ["offsets-overlap", "shard-of-another-model"])
+def test_what_does_not_fit_a_plan_is_refused_without_torch(root: Path, tmp_path: Path, name: str) -> None:
+    code, errors, heavy = load_or_plan(root, "load", corpus.write(name, tmp_path))
+    assert (code, heavy) == (1, ["loader"])
+    assert "header: " in errors

@@ -17,7 +17,8 @@ from gatekeeper import load_rules
 from loader.formats import Layout, layout_of
 from loader.kernels import KERNELS
 from loader.kernels.configs import Shape
-from loader.moe import Experts, Router, RouterConfig, SharedSlotRouter
+from loader.moe import Experts, Router, SharedSlotRouter
+from loader.router_config import RouterConfig
 
 _KIMI = RouterConfig(scoring_func="sigmoid", top_k=8, routed_scaling_factor=2.827)
 _DEEPSEEK = RouterConfig(scoring_func="sigmoid", top_k=8, n_group=8, topk_group=4, routed_scaling_factor=2.5)

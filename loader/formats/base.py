@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import lcm
-from typing import Protocol, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol, Self
 
 from gatekeeper import PartSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Span = tuple[int, int]
 BIAS = "bias"
@@ -43,15 +44,15 @@ class Part:
     """Suffix, dtypes and shapes that the tensor may have, as ``rules/formats`` gives them."""
     name: str
     """What it is called in memory, the same for all signatures of a format: ``weight_scale_inv``."""
-    dtype: torch.dtype
-    """dtype in this checkpoint and in memory, the same by intention: ``torch.int32``."""
+    dtype: str
+    """dtype in this checkpoint and in memory, the same by intention, by safetensors' word: ``I32``."""
     rows_per_item: int | None
     """Rows (output features) that one stored row covers: 128 for the scales of 128 x 128 blocks; None: all rows."""
     columns_per_item: int | None
     """Columns (input features) that one stored column covers: 8 for int4 packed in int32; None: all columns."""
 
     @classmethod
-    def of(cls, spec: PartSpec, name: str, dtype: torch.dtype) -> Self:
+    def of(cls, spec: PartSpec, name: str, dtype: str) -> Self:
         """The part that `spec` describes, called `name` in memory."""
         per_item = {term.axis: term.by for term in spec.shapes[0]}
         return cls(
@@ -142,6 +143,8 @@ def dequantize_stacked(layout: Layout, stored: Mapping[str, Tensor], dtype: torc
 
     `stored` is by role. Scales that span rows are of one matrix only, so those formats are taken apart first.
     """
+    import torch  # to plan takes none
+
     if stacked == 1 or all(part.rows_per_item == 1 for part in layout.parts):
         return layout.format.dequantize(stored, dtype)
     chunks = [

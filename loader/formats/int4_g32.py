@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from loader.formats.base import SCALED_ROUNDINGS
 from loader.formats.numbers import by_group, scale_numbers
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,8 @@ class Int4G32:
 
     def dequantize(self, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """``(nibble - 8) * scale`` in fp32; column ``i`` is bits ``4 * (i % 8)`` and up of word ``i // 8``."""
+        import torch  # to plan takes none
+
         packed = stored["weight"]
         shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
         # The shift of a negative word drags its sign along; the mask takes that off again.

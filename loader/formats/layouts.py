@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from gatekeeper import Format, PartSpec, Signature, TensorInfo, Term
-from loader.checkpoint import DTYPES
+from loader.dtypes import NAMES
 from loader.formats import (
     bf16,
     fp8_block,
@@ -44,8 +44,7 @@ def layout_of(known: Format, signature: Signature | None = None, found: Projecti
     signature, found = signature or known.signatures[0], found or {}
     first = {part.role: part.suffix for part in known.signatures[0].parts}
     parts = {
-        spec.role: Part.of(spec, first.get(spec.role, spec.suffix), DTYPES[_dtype(spec, found)])
-        for spec in signature.parts
+        spec.role: Part.of(spec, first.get(spec.role, spec.suffix), _dtype(spec, found)) for spec in signature.parts
     }
     weight_format = FORMATS[known.name]
     shape = parts.get("shape")
@@ -100,7 +99,7 @@ def _is_readable(weight_format: WeightFormat, signature: Signature) -> bool:
     parts = {part.role: part for part in signature.parts}
     return (
         parts.keys() >= set(weight_format.roles)
-        and all(dtype in DTYPES for part in signature.parts for dtype in part.dtypes)
+        and all(dtype in NAMES for part in signature.parts for dtype in part.dtypes)
         and all(_is_matrix(shape) for role in weight_format.roles for shape in parts[role].shapes)
     )
 

@@ -5,26 +5,44 @@ Element formats: OCP Microscaling Formats (MX) specification 1.0, sections 5.3 a
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from functools import cache
+from typing import TYPE_CHECKING
 
-# Code is sign, two bits of exponent, one of mantissa.
-_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
-# Code is the exponent plus 127; there is no zero and no sign, and 255 is NaN.
-_E8M0 = torch.tensor([2.0 ** (code - 127) for code in range(255)] + [float("nan")])
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@cache
+def _e2m1() -> Tensor:
+    """By code: sign, two bits of exponent, one of mantissa."""
+    import torch  # to plan takes none
+
+    return torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+@cache
+def _e8m0() -> Tensor:
+    """By code, the exponent plus 127; there is no zero and no sign, and 255 is NaN."""
+    import torch
+
+    return torch.tensor([2.0 ** (code - 127) for code in range(255)] + [float("nan")])
 
 
 def e2m1(packed: Tensor) -> Tensor:
     """Bytes ``(..., n)``, uint8 or int8, to the numbers ``(..., 2 n)`` in float32; the first is in the low nibble."""
+    import torch
+
     whole = packed.view(torch.uint8)
     nibbles = torch.stack([whole & 0xF, whole >> 4], dim=-1).flatten(-2)
-    return _E2M1.to(packed.device)[nibbles.int()]
+    return _e2m1().to(packed.device)[nibbles.int()]
 
 
 def scale_numbers(scale: Tensor) -> Tensor:
     """Scales of any dtype to float32, exactly; bytes are E8M0 exponents, whether they are called so or uint8."""
+    import torch
+
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
-        return _E8M0.to(scale.device)[scale.view(torch.uint8).int()]
+        return _e8m0().to(scale.device)[scale.view(torch.uint8).int()]
     return scale.float()
 
 

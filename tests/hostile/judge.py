@@ -19,10 +19,6 @@ from gatekeeper.load import shipped_rules
 
 MEGABYTE = 1 << 20
 MOST_MEGABYTES = 200
-MOST_WITH_TORCH = 400
-"""Where all tensors are known the loader plans, to say at once what else is wrong: torch, 230 itself, counts then."""
-MOST_ASKED_FOR_WITH_TORCH = 1000
-"""The most that may be asked for, used or not: torch asks for more than it uses."""
 MOST_CPU_SECONDS = 20
 """Against hanging only; machines differ."""
 MOST_WAIT_SECONDS = 120
@@ -57,8 +53,7 @@ def run(arguments: list[str]) -> None:
     """Be the command, and nothing after it."""
     code: Any = 70
     try:
-        loads = {"moe-loader", "loader"} & {*arguments[:3]}
-        limit(MOST_ASKED_FOR_WITH_TORCH if loads else MOST_MEGABYTES)
+        limit(MOST_MEGABYTES)
         program, *rest = arguments
         if program == "python":
             os.execv(sys.executable, [sys.executable, *rest])

@@ -49,8 +49,7 @@ def refused(name: str, folder: Path, answer: dict[str, Any]) -> None:
     assert "error: " in output and corpus.said(name) in output, output
     assert len(output) < 10_000, "a person reads it"
     assert all(line.isprintable() for line in output.split("\n")), "no codes for the terminal"
-    most = judge.MOST_WITH_TORCH if "error: header: " in output else judge.MOST_MEGABYTES
-    assert answer["megabytes"] < most, answer
+    assert answer["megabytes"] < judge.MOST_MEGABYTES, answer
 
 
 @pytest.mark.parametrize("name", corpus.HARMS)

@@ -17,7 +17,8 @@ from loader.kernels.configs import Config, Shape
 from loader.kernels.eager import eager
 from loader.kernels.triton_layer import TritonExperts
 from loader.kernels.triton_router import TritonRouter
-from loader.moe import Experts, Router, RouterConfig
+from loader.moe import Experts, Router
+from loader.router_config import RouterConfig
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),

@@ -7,7 +7,7 @@ from typing import Any
 from loader.bench.problem import Model
 from loader.bench.report import Point, Report
 from loader.bench.timing import Ceilings
-from loader.moe import RouterConfig
+from loader.router_config import RouterConfig
 
 CEILINGS = Ceilings(copy_bytes_per_second=4.2e12, bf16_flops=780e12, fp8_flops=1400e12)
 

@@ -87,7 +87,7 @@ def projections(base: str, format_name: str, width: int, hidden: int) -> list[Te
         "down": (hidden, width),
     }.items():
         start = f"{base}.{projection}_proj."
-        found += [tensor(f"{start}{p.suffix}", WORDS[p.dtype], p.shapes(rows, columns)[0]) for p in layout.parts]
+        found += [tensor(f"{start}{p.suffix}", p.dtype, p.shapes(rows, columns)[0]) for p in layout.parts]
         if noted is not None:
             found.append(tensor(f"{start}{noted}", "I64", (2,)))
     return found

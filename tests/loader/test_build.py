@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gatekeeper import CheckpointError, Index, read_facts, read_index
 from loader import BuildError, LayerPlan, MoELayer, Plan, build, build_plan
-from loader.checkpoint import Checkpoint
+from loader.checkpoint import DTYPES, Checkpoint
 from loader.errors import TableError
 from loader.filling import Filling
 from loader.formats import FORMATS
@@ -51,7 +51,7 @@ def test_weights_stay_packed_and_lie_where_the_plan_says(made: Callable[..., Pat
     with Checkpoint(index) as checkpoint:
         for part in experts.layout.parts:
             stacked = getattr(experts, f"w13_{part.name}")
-            assert stacked.dtype == part.dtype and stacked.shape[0] == 17
+            assert stacked.dtype == DTYPES[part.dtype] and stacked.shape[0] == 17
             for slot, module in ((0, "experts.0"), (15, "experts.15"), (16, "shared_experts")):
                 stored = [checkpoint.fetch(f"{base}.{module}.{p}_proj.{part.suffix}") for p in ("gate", "up", "down")]
                 gate, up, down = (t if t.dim() == 2 else t.reshape(-1, 1) for t in stored)

@@ -12,7 +12,7 @@ import torch
 from loader.bench.problem import Model
 from loader.kernels.configs import Config, Shape, default, one_by_one
 from loader.kernels.tuned import SHIPPED, Measured, read_table
-from loader.moe import RouterConfig
+from loader.router_config import RouterConfig
 
 pytestmark = pytest.mark.ahead
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from loader.activation import ExpertConfig
 from loader.formats import layout_of
 from loader.kernels import KERNELS
-from loader.moe import Experts, MoELayer, Router, RouterConfig, SharedExpert, SharedGate, SharedSlotRouter
+from loader.moe import Experts, MoELayer, Router, SharedExpert, SharedGate, SharedSlotRouter
+from loader.router_config import RouterConfig
 from tests.loader.fakes import shipped
 from tests.reference import Mlp, Routing, moe
 

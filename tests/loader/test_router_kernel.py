@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from loader.moe import Router, RouterConfig, SharedGate, SharedSlotRouter
+from loader.moe import Router, SharedGate, SharedSlotRouter
+from loader.router_config import RouterConfig
 
 pytestmark = pytest.mark.kernels
 
