@@ -24,7 +24,7 @@ from loader.checkpoint import DTYPES, Checkpoint
 from loader.errors import BuildError
 from loader.filling import Filling
 from loader.formats import Layout
-from loader.kernels import KERNELS, ON_TRITON
+from loader.kernels.known import KERNELS, ON_TRITON
 from loader.kernels.triton_router import TritonRouter
 from loader.kernels.tuned import find_table
 from loader.local_router import LocalRouter

@@ -190,7 +190,7 @@ class _LayerPlanner:
                 if info is None:
                     self._fault("missing", f"{self._base(expert, projection)}{suffix}", f"{where}: no tensor")
                 elif info.dtype != dtype:
-                    self._fault("dtype", info.name, f"{where} is {name_of(info.dtype)}, others are {dtype}")
+                    self._fault("dtype", info.name, f"{where} is {name_of(info.dtype)}, others are {name_of(dtype)}")
                 elif self._is_float(where, info, (rows[1] - rows[0],)):
                     param = self._param(f"experts.{name}_bias")
                     self.placements.append(

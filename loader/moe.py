@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from loader.activation import ExpertConfig
 from loader.checkpoint import DTYPES
 from loader.formats import Layout, dequantize_stacked
-from loader.kernels import Kernel
+from loader.kernels.base import Kernel
 from loader.kernels.tuned import Table
 from loader.router_config import RouterConfig
 

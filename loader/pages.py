@@ -34,9 +34,13 @@ def populate(memory: Tensor) -> None:
 
 @cache
 def _madvise() -> Callable[[int, int, int], int] | None:
-    """The call of libc; None where the system doesn't know such advice, which it says of no memory, too."""
+    """The call of libc; None where the system doesn't know such advice, which it says of a page."""
     if sys.platform != "linux":
         return None
     call = ctypes.CDLL(None).madvise
     call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return call if call(None, 0, POPULATE_WRITE) == 0 else None
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:
+        there = ctypes.c_char.from_buffer(page)
+        knows = call(ctypes.addressof(there), mmap.PAGESIZE, POPULATE_WRITE) == 0
+        del there  # the page can't be closed while somebody has its address
+    return call if knows else None

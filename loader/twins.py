@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from loader.kernels import Kernel
+from loader.kernels.base import Kernel
 from loader.moe import MoELayer
 
 M = TypeVar("M", bound=nn.Module)

@@ -92,9 +92,9 @@ def test_every_public_name_of_the_loader_is_found(root: Path) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "[] False"), done.stderr
 
 
-def load_or_plan(root: Path, command: str, folder: Path) -> tuple[int, str, list[str]]:
+def load_or_plan(root: Path, *arguments: object) -> tuple[int, str, list[str]]:
     """Exit status, errors, and which heavy modules were imported."""
-    done = python("-c", RUN.replace("gatekeeper.cli", "loader.cli"), command, str(folder), cwd=root)
+    done = python("-c", RUN.replace("gatekeeper.cli", "loader.cli"), *map(str, arguments), cwd=root)
     return done.returncode, done.stderr, json.loads(done.stderr.splitlines()[-1])
 
 
@@ -104,8 +104,11 @@ def test_a_torn_checkpoint_is_refused_without_torch(root: Path, tmp_path: Path) 
     assert (code, heavy) == (1, ["loader"])
 
 
-def test_a_checkpoint_is_planned_without_torch(root: Path, tmp_path: Path) -> None:
-    code, errors, heavy = load_or_plan(root, "plan", corpus.sound(tmp_path / "checkpoint"))
+@pytest.mark.parametrize("platform", ["mi355x", "h200"])
+def test_a_checkpoint_is_planned_without_torch(root: Path, tmp_path: Path, platform: str) -> None:
+    """Also for a device of which settings were measured."""
+    folder = corpus.sound(tmp_path / "checkpoint")
+    code, errors, heavy = load_or_plan(root, "plan", folder, "--platform", platform)
     assert (code, heavy) == (0, ["loader"]), errors
 
 

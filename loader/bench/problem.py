@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from gatekeeper import load_rules
 from loader.formats import Layout, layout_of
-from loader.kernels import KERNELS
 from loader.kernels.configs import Shape
+from loader.kernels.known import KERNELS
 from loader.moe import Experts, Router, SharedSlotRouter
 from loader.router_config import RouterConfig
 

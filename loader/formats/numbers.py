@@ -5,36 +5,24 @@ Element formats: OCP Microscaling Formats (MX) specification 1.0, sections 5.3 a
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-@cache
-def _e2m1() -> Tensor:
-    """By code: sign, two bits of exponent, one of mantissa."""
-    import torch  # to plan takes none
-
-    return torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
-
-
-@cache
-def _e8m0() -> Tensor:
-    """By code, the exponent plus 127; there is no zero and no sign, and 255 is NaN."""
-    import torch
-
-    return torch.tensor([2.0 ** (code - 127) for code in range(255)] + [float("nan")])
+# Code is sign, two bits of exponent, one of mantissa.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# Code is the exponent plus 127; there is no zero and no sign, and 255 is NaN.
+_E8M0 = (*(2.0 ** (code - 127) for code in range(255)), float("nan"))
 
 
 def e2m1(packed: Tensor) -> Tensor:
     """Bytes ``(..., n)``, uint8 or int8, to the numbers ``(..., 2 n)`` in float32; the first is in the low nibble."""
-    import torch
+    import torch  # to plan takes none
 
     whole = packed.view(torch.uint8)
     nibbles = torch.stack([whole & 0xF, whole >> 4], dim=-1).flatten(-2)
-    return _e2m1().to(packed.device)[nibbles.int()]
+    return torch.tensor(_E2M1, device=packed.device)[nibbles.int()]
 
 
 def scale_numbers(scale: Tensor) -> Tensor:
@@ -42,7 +30,7 @@ def scale_numbers(scale: Tensor) -> Tensor:
     import torch
 
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
-        return _e8m0().to(scale.device)[scale.view(torch.uint8).int()]
+        return torch.tensor(_E8M0, device=scale.device)[scale.view(torch.uint8).int()]
     return scale.float()
 
 

@@ -43,27 +43,26 @@ def overlapping(device: torch.device) -> dict[str, Any]:
     return {"PDL": True, "launch_pdl": True}
 
 
-def leave_cache(compiled: Any) -> None:
+def leave_cache(compiled: Any, device: torch.device) -> None:
     """Ask that multiprocessors keep most of their memory as cache while this kernel runs: a short one, before others.
 
     Else the driver makes room for as many of its thread blocks as fit, and the kernels after it keep what they find.
     Products of packed formats read a few bytes of each row of scales at a time, and so again and again from a cache
-    that is large enough. `compiled` is what a launch gives; what was not loaded is left alone.
+    that is large enough. `compiled` is what a launch on `device` gives; what was not loaded is left alone.
     """
     function = getattr(compiled, "function", None)
-    if function is not None and torch.version.hip is None:
-        _prefer_cache(function)
+    if function is not None and is_nvidia(device):
+        _prefer_cache(function, device)
 
 
 @cache
-def _prefer_cache(function: int) -> None:
+def _prefer_cache(function: int, device: torch.device) -> None:
     """Once for each loaded kernel; it is a hint, so that what fails costs time alone."""
     carveout, percent = 9, 20  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT of CUDA's driver API
     try:
-        failed = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), carveout, percent)
-    except OSError as error:
+        with torch.cuda.device(device):
+            failed = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), carveout, percent)
+    except (OSError, AttributeError) as error:
         failed = error
     if failed:
-        log.warning(
-            "the router's kernel keeps the shared memory that the driver gives it: cuFuncSetAttribute: %s", failed
-        )
+        log.warning("the driver divides cache and shared memory as it likes: cuFuncSetAttribute: %s", failed)

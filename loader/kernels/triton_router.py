@@ -71,7 +71,7 @@ class TritonRouter(nn.Module):
             num_stages=max(2, min(4, LITTLE_SHARED_BYTES // stage_bytes)),
         )
         if block_t < MOST_T:
-            leave_cache(compiled)
+            leave_cache(compiled, x_TD.device)
         logit_bias, choice_bias = self.router.bias, self.router.e_score_correction_bias
         run(
             choose,

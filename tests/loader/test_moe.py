@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loader.activation import ExpertConfig
 from loader.formats import layout_of
-from loader.kernels import KERNELS
+from loader.kernels.known import KERNELS
 from loader.moe import Experts, MoELayer, Router, SharedExpert, SharedGate, SharedSlotRouter
 from loader.router_config import RouterConfig
 from tests.loader.fakes import shipped

@@ -36,7 +36,8 @@ def test_all_pages_are_there_and_keep_what_they_have() -> None:
     memory[4000:5000] = 7
     before = resident()
     pages.populate(part)
-    assert NBYTES // 2 - (1 << 20) <= resident() - before <= NBYTES // 2 + (1 << 20)
+    slack = 4 << 20  # a huge page may have been there already
+    assert NBYTES // 2 - slack <= resident() - before <= NBYTES // 2 + slack
     assert bool((memory[4000:5000] == 7).all())
     assert not memory[5000 : NBYTES // 2].any()
 

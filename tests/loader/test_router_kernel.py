@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,17 +137,37 @@ def test_a_logit_that_is_not_a_number_is_loud_and_stays_with_its_token(kernels: 
         assert torch.equal(ids[token], clean[1][token])
 
 
-def test_a_hint_that_no_driver_takes_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    """Here there is no driver; a launch that compiled nothing needs none."""
-    from loader.kernels.triton_device import leave_cache
+@pytest.mark.parametrize(("answer", "said"), [(0, None), (1, "1"), (OSError("no libcuda.so.1"), "no libcuda.so.1")])
+def test_a_hint_that_the_driver_does_not_take_is_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, answer: int | OSError, said: str | None
+) -> None:
+    from loader.kernels import triton_device
 
-    leave_cache(None)
-    leave_cache(SimpleNamespace(function=None))
-    assert not caplog.records
+    asked: list[tuple[int, int]] = []
+
+    def library(name: str) -> SimpleNamespace:
+        if isinstance(answer, OSError):
+            raise answer
+
+        def ask(_function: Any, *what: int) -> int:
+            asked.append(what)
+            return answer
+
+        return SimpleNamespace(cuFuncSetAttribute=ask)
+
+    monkeypatch.setattr(triton_device.ctypes, "CDLL", library)
+    monkeypatch.setattr(triton_device, "is_nvidia", lambda device: device.type == "cuda")
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
+    triton_device._prefer_cache.cache_clear()
+    gpu = torch.device("cuda", 0)
+    triton_device.leave_cache(None, gpu)  # a launch that compiled nothing
+    triton_device.leave_cache(SimpleNamespace(function=12345), torch.device("cpu"))
+    assert not asked and not caplog.records
     for _ in range(2):
-        leave_cache(SimpleNamespace(function=12345))
-    (record,) = caplog.records
-    assert "libcuda.so.1" in record.getMessage()
+        triton_device.leave_cache(SimpleNamespace(function=12345), gpu)
+    triton_device._prefer_cache.cache_clear()
+    assert asked == ([] if isinstance(answer, OSError) else [(9, 20)])
+    assert [said in record.getMessage() for record in caplog.records if said] == ([True] if said else [])
 
 
 def test_stages_leave_room_for_a_cache(kernels: Any) -> None:

@@ -27,7 +27,7 @@ from loader import (
 from loader.backends import compute_dtype, e4m3, rounding
 from loader.checkpoint import Checkpoint
 from loader.gathered import moved
-from loader.kernels import Kernel
+from loader.kernels.base import Kernel
 from loader.kernels.eager import eager
 from loader.planner import runner_layers
 from loader.rank import plan_of_rank
