@@ -22,7 +22,7 @@ def e2m1(packed: Tensor) -> Tensor:
 
     whole = packed.view(torch.uint8)
     nibbles = torch.stack([whole & 0xF, whole >> 4], dim=-1).flatten(-2)
-    return torch.tensor(_E2M1, device=packed.device)[nibbles.int()]
+    return torch.tensor(_E2M1, device="cpu").to(packed.device)[nibbles.int()]
 
 
 def scale_numbers(scale: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def scale_numbers(scale: Tensor) -> Tensor:
     import torch
 
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
-        return torch.tensor(_E8M0, device=scale.device)[scale.view(torch.uint8).int()]
+        return torch.tensor(_E8M0, device="cpu").to(scale.device)[scale.view(torch.uint8).int()]
     return scale.float()
 
 
