@@ -1,7 +1,7 @@
 """Decide which model-load features may be on, from rules that are data, and say why."""
 
 from gatekeeper.announced import announced_index
-from gatekeeper.checkpoint import Index, TensorInfo, read_index
+from gatekeeper.checkpoint import DTYPE_BITS, Index, TensorInfo, read_index
 from gatekeeper.decide import decide
 from gatekeeper.decision import Decision, Decisions, LayerDecision, Outcome, ranges
 from gatekeeper.errors import CheckpointError, FactError, Fault, GatekeeperError, RefusedError, RuleError
@@ -19,6 +19,7 @@ from gatekeeper.values import ABSENT, UNKNOWN, Reading, Value, Values
 
 __all__ = [
     "ABSENT",
+    "DTYPE_BITS",
     "UNKNOWN",
     "CheckpointError",
     "CheckpointReading",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from gatekeeper import DTYPE_BITS
+
 NAMES: Mapping[str, str] = MappingProxyType(
     {
         "BOOL": "bool",
@@ -24,10 +26,6 @@ NAMES: Mapping[str, str] = MappingProxyType(
 )
 """What torch calls those that this loader reads; https://github.com/huggingface/safetensors, ``tensor.rs``."""
 
-_BYTES = dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
-_BYTES |= dict.fromkeys(("I16", "F16", "BF16"), 2) | dict.fromkeys(("I32", "F32"), 4)
-_BYTES |= dict.fromkeys(("I64", "F64"), 8)
-
 
 def name_of(dtype: str) -> str:
     """``bfloat16`` for ``BF16``; of one that this loader does not read safetensors' word itself."""
@@ -36,7 +34,7 @@ def name_of(dtype: str) -> str:
 
 def itemsize(dtype: str) -> int:
     """Bytes of one element of a dtype of `NAMES`."""
-    return _BYTES[dtype]
+    return DTYPE_BITS[dtype] // 8
 
 
 def is_wide_float(dtype: str) -> bool:

@@ -15,14 +15,10 @@ from gatekeeper import (
     Index,
     RuleSet,
     announced_index,
-    join,
-    load_rules,
-    open_target,
 )
-from loader.obey import require_fresh
 from loader.plan import Plan
 from loader.planner import build_plan
-from loader.prepared import family_of, runner_of
+from loader.prepared import family_of, read_anew
 from loader.rank import plan_of_rank
 
 
@@ -39,11 +35,7 @@ def plan_target(
     Without headers, the tensors are those that config.json announces (`gatekeeper.announced_index`), and the same
     planner is run on them. Arguments and errors are those of `loader.prepare`.
     """
-    decisions.require()
-    rules = load_rules() if rules is None else rules
-    checkpoint = checkpoint or open_target(target, rules, keep_faults=True)
-    fresh = join(checkpoint, runner=runner_of(decisions), platform=None, settings=None, rules=rules)
-    require_fresh(decisions, fresh)
+    rules, checkpoint, fresh = read_anew(target, decisions, rules, checkpoint)
     facts, family = facts or fresh, family_of(rules, fresh, target)
     source: Literal["headers", "config"] = "headers"
     index = checkpoint.index

@@ -55,11 +55,7 @@ def prepare(
     all of every layer). Raises `RefusedError` (a decision is an error, or asked for and pending), `StaleDecisionError`,
     `CheckpointError`, `FactError` and `PlanError`.
     """
-    decisions.require()
-    rules = load_rules() if rules is None else rules
-    checkpoint = checkpoint or open_target(folder, rules, keep_faults=True)
-    fresh = join(checkpoint, runner=runner_of(decisions), platform=None, settings=None, rules=rules)
-    require_fresh(decisions, fresh)
+    rules, checkpoint, fresh = read_anew(folder, decisions, rules, checkpoint)
     index = checkpoint.index
     if index is None:
         raise CheckpointError(f"`{folder}` has no *.safetensors; the loader needs weights, not a config.json alone")
@@ -72,7 +68,22 @@ def prepare(
     return Prepared(facts=facts, family=family, index=index, plan=plan, tensors=tensors)
 
 
-def runner_of(decisions: Mapping[str, Decision]) -> Runner:
+def read_anew(
+    target: Path | str, decisions: Decisions, rules: RuleSet | None, checkpoint: CheckpointReading | None
+) -> tuple[RuleSet, CheckpointReading, Facts]:
+    """Where `prepare` and `loader.planning.plan_target` begin: the rules, the checkpoint, and the facts that it says.
+
+    Raises what `prepare` does where the decisions can't be acted on, or rest on other facts.
+    """
+    decisions.require()
+    rules = load_rules() if rules is None else rules
+    checkpoint = checkpoint or open_target(target, rules, keep_faults=True)
+    fresh = join(checkpoint, runner=_runner_of(decisions), platform=None, settings=None, rules=rules)
+    require_fresh(decisions, fresh)
+    return rules, checkpoint, fresh
+
+
+def _runner_of(decisions: Mapping[str, Decision]) -> Runner:
     """The runner that all of `decisions` were made for; raises `CheckpointError` where there are two."""
     runners = sorted({decision.runner for decision in decisions.values()})
     if len(runners) > 1:
