@@ -5,15 +5,16 @@ Element formats: OCP Microscaling Formats (MX) specification 1.0, sections 5.3 a
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Code is sign, two bits of exponent, one of mantissa.
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_E2M1 = array("f", [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 # Code is the exponent plus 127; there is no zero and no sign, and 255 is NaN.
-_E8M0 = (*(2.0 ** (code - 127) for code in range(255)), float("nan"))
+_E8M0 = array("f", [*(2.0 ** (code - 127) for code in range(255)), float("nan")])
 
 
 def e2m1(packed: Tensor) -> Tensor:
@@ -22,7 +23,7 @@ def e2m1(packed: Tensor) -> Tensor:
 
     whole = packed.view(torch.uint8)
     nibbles = torch.stack([whole & 0xF, whole >> 4], dim=-1).flatten(-2)
-    return torch.tensor(_E2M1, device="cpu").to(packed.device)[nibbles.int()]
+    return torch.frombuffer(_E2M1, dtype=torch.float32).to(packed.device)[nibbles.int()]
 
 
 def scale_numbers(scale: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def scale_numbers(scale: Tensor) -> Tensor:
     import torch
 
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
-        return torch.tensor(_E8M0, device="cpu").to(scale.device)[scale.view(torch.uint8).int()]
+        return torch.frombuffer(_E8M0, dtype=torch.float32).to(scale.device)[scale.view(torch.uint8).int()]
     return scale.float()
 
 
