@@ -18,8 +18,8 @@ from loader.activation import ExpertConfig
 from loader.checkpoint import DTYPES
 from loader.formats.bf16 import Dense
 from loader.kernels.base import ExpertWeights
+from loader.kernels.configs import ON_TRITON
 from loader.kernels.eager import eager
-from loader.kernels.known import ON_TRITON
 from loader.moe import Experts, MoELayer
 from loader.plan import LayerPlan
 from loader.twins import by_kernel, shallow

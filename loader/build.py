@@ -24,7 +24,8 @@ from loader.checkpoint import DTYPES, Checkpoint
 from loader.errors import BuildError
 from loader.filling import Filling
 from loader.formats import Layout
-from loader.kernels.known import KERNELS, ON_TRITON
+from loader.kernels.configs import ON_TRITON
+from loader.kernels.known import KERNELS
 from loader.kernels.triton_router import TritonRouter
 from loader.kernels.tuned import find_table
 from loader.local_router import LocalRouter
@@ -88,11 +89,11 @@ def build(
 ) -> tuple[MoELayer, ...]:
     """Build the layers of `plan` on `device`, from the tensors of `index`.
 
-    `threads` (None: `default_threads`) read straight into the layers' memory, so that the peak is the layers and
-    a few MiB a thread; `tables` is the folder of measured configurations (None: the shipped ones); `moved` is told the
-    bytes that have arrived, from those threads; `check` looks at each layer while it and the next one are read. Raises
-    `BuildError` (everything that does not add up), `CheckpointError` (a file that can't be read), `TableError` or what
-    `check` raises; after any of them, no memory is left allocated.
+    `threads` (None: `default_threads`) read straight into the layers' memory, so that the peak is the layers, a few MiB
+    a thread, and 8 MiB while a layer's scales are put in order; `tables` is the folder of measured configurations
+    (None: the shipped ones); `moved` is told the bytes that have arrived, from those threads; `check` looks at each
+    layer while it and the next one are read. Raises `BuildError` (everything that does not add up), `CheckpointError`
+    (a file that can't be read), `TableError` or what `check` raises; after any of them, no memory is left allocated.
     """
     index.require_sound()
     where = _device(device)
@@ -193,19 +194,21 @@ def _fill_all(
     `meanwhile` is called once, while the first layer is read, and before any is compared.
     """
     names = sorted(checkpoint.index.tensors)
-    under_way: list[tuple[Filling, Callable[[], None], Callable[[], None]]] = []
+    under_way: list[tuple[_Skeleton, Filling, Callable[[], None], Callable[[], None]]] = []
 
     def finish_first() -> None:
-        filling, arrived, compare = under_way.pop(0)
+        skeleton, filling, arrived, compare = under_way.pop(0)
         filling.reckon()
         arrived()
         filling.account()
+        _lay_out(skeleton, device)
         compare()
 
     for skeleton in skeletons:
         _allocate(skeleton, device)
         filling = Filling(skeleton.plan, skeleton.slots(), checkpoint.index, skeleton.parameter, names)
-        under_way.append((filling, transfers.start(filling.transfers, moved), checks.expect(skeleton)))
+        arrived = transfers.start(filling.transfers, moved)
+        under_way.append((skeleton, filling, arrived, checks.expect(skeleton)))
         if skeleton is skeletons[0]:
             meanwhile()
         if len(under_way) > 1:
@@ -323,9 +326,25 @@ def _allocate(skeleton: _Skeleton, device: torch.device) -> None:
         try:
             memory = torch.empty(param.shape, dtype=DTYPES[param.dtype], device=device)
         except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
-            first = str(error).splitlines()[0]
-            raise BuildError(f"no memory for {param.name}, {param.nbytes} bytes on {device}: {first}") from None
+            raise _no_memory(f"for {param.name}, {param.nbytes} bytes", device, error) from None
         setattr(module, attribute, nn.Parameter(memory, requires_grad=False))
+
+
+def _no_memory(what: str, device: torch.device, error: RuntimeError) -> BuildError:
+    return BuildError(f"no memory {what} on {device}: {str(error).splitlines()[0]}")
+
+
+def _lay_out(skeleton: _Skeleton, device: torch.device) -> None:
+    """Put what has arrived in the order that the layer's kernels read, in the same memory."""
+    stacks = {skeleton.homes[param.name][0] for param in skeleton.plan.params if param.runs}
+    for experts in stacks:
+        assert isinstance(experts, Experts)
+        try:
+            experts.lay_out()
+        except RuntimeError as error:  # as in `_allocate`
+            raise _no_memory(f"to put the scales of layer {skeleton.plan.index} in order", device, error) from None
+    if stacks and device.type == "cuda":  # whoever looks at the layer next may do so from another thread's stream
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _release(skeleton: _Skeleton) -> None:

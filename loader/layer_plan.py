@@ -11,6 +11,7 @@ from loader.dtypes import NAMES, is_wide_float, name_of
 from loader.errors import Code, PlanFault
 from loader.formats import FORMATS, Layout, Part, StraddleError, match_layout
 from loader.formats.base import Span
+from loader.kernels.configs import ON_TRITON, PACKED
 from loader.plan import LayerPlan, ParamSpec, Placement, ShapeNote
 
 Projection = Mapping[str, TensorInfo]
@@ -88,11 +89,11 @@ class _LayerPlanner:
         self._router()
         self._counts()
         n_slots = self.w.n_routed + self.fused_slots
-        self._stack("experts", routed, n_slots, self.w.width)
+        self._stack("experts", routed, n_slots, self.w.width, backend)
         for expert in range(max(self.w.n_routed, len(self.experts))):
             self._routed(routed, expert, n_slots)
         self._biases(n_slots)
-        shared = self._shared(routed)
+        shared = self._shared(routed, backend)
         self._unclaimed()
         plan = LayerPlan(
             index=self.layer.index,
@@ -149,12 +150,13 @@ class _LayerPlanner:
             return True
         return False
 
-    def _stack(self, module: str, layout: Layout, n_experts: int, width: int) -> None:
+    def _stack(self, module: str, layout: Layout, n_experts: int, width: int, backend: str) -> None:
         d = self.w.hidden_size
         for part in layout.parts:
             rows, columns = part.shape(width, d)
+            runs = backend in ON_TRITON and layout.name in PACKED and part.role == "scale"
             self.params += [
-                ParamSpec(name=self._param(f"{module}.{name}_{part.name}"), shape=shape, dtype=part.dtype)
+                ParamSpec(name=self._param(f"{module}.{name}_{part.name}"), shape=shape, dtype=part.dtype, runs=runs)
                 for name, shape in (("w13", (n_experts, 2 * rows, columns)), ("w2", (n_experts, *part.shape(d, width))))
             ]
 
@@ -197,7 +199,7 @@ class _LayerPlanner:
                         Placement(key=info.name, param=param, expert=expert, rows=rows, view=info.view)
                     )
 
-    def _shared(self, routed: Layout) -> Layout | None:
+    def _shared(self, routed: Layout, backend: str) -> Layout | None:
         """Place the shared expert; its own format where it is on its own."""
         tensors = self.layer.shared or {}
         if not self.w.n_shared and not self.fused_slots:
@@ -218,7 +220,7 @@ class _LayerPlanner:
                 self.faults.append(self._no_format("shared", first_key))
                 self.claimed |= {i.name for p in tensors.values() for i in p.values()}
             return None
-        self._stack("shared", layout, 1, self.w.shared_width)
+        self._stack("shared", layout, 1, self.w.shared_width, backend)
         width = self.w.shared_width
         self._shared_projections(layout, "shared", tensors, width, [(0, (0, width))])
         return layout

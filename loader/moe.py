@@ -1,7 +1,8 @@
-"""One MoE layer: router, routed experts, and the shared expert in a slot of theirs or on its own. Forward code only.
+"""One MoE layer: router, routed experts, and the shared expert in a slot of theirs or on its own.
 
 Shapes: T tokens, D hidden size, F moe_intermediate_size, E routed experts, S shared experts, K top_k, G groups,
-U experts asked for at once. Everything is built on the meta device; weights arrive through a plan.
+U experts asked for at once. Everything is built on the meta device; weights arrive through a plan, and are
+put in order for the kernels here.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from loader.activation import ExpertConfig
 from loader.checkpoint import DTYPES
 from loader.formats import Layout, dequantize_stacked
 from loader.kernels.base import Kernel
+from loader.kernels.configs import PACKED
 from loader.kernels.tuned import Table
 from loader.router_config import RouterConfig
+from loader.runs import by_rows, lay_out
 
 
 class Router(nn.Module):
@@ -140,14 +143,22 @@ class Experts(nn.Module):
     def _declare(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.register_parameter(name, empty_parameter(shape, dtype))
 
+    def lay_out(self) -> None:
+        """Put scales of groups, as a checkpoint has them, into runs (`loader.runs`), in the same memory."""
+        scales_of = [part.name for part in self.layout.parts if part.role == "scale" and self.layout.name in PACKED]
+        for part in scales_of:
+            for name in (f"w13_{part}", f"w2_{part}"):
+                scales = lay_out(getattr(self, name).detach())
+                setattr(self, name, nn.Parameter(scales, requires_grad=False))
+
     def stacked(self, prefix: Literal["w13", "w2"]) -> dict[str, Tensor]:
-        """The stored parts by role, packed as they are, ``(E, rows, columns)``."""
+        """The stored parts by role, packed as they are, ``(E, rows, columns)``; see `ExpertWeights`."""
         return {part.role: getattr(self, f"{prefix}_{part.name}") for part in self.layout.parts}
 
     def dequantize(self, experts_U: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``w13_U2FD`` and ``w2_UDF``; memory holds packed numbers only, apart from what this returns."""
-        w13 = {role: stored[experts_U] for role, stored in self.stacked("w13").items()}
-        w2 = {role: stored[experts_U] for role, stored in self.stacked("w2").items()}
+        w13 = {role: by_rows(stored[experts_U]) for role, stored in self.stacked("w13").items()}
+        w2 = {role: by_rows(stored[experts_U]) for role, stored in self.stacked("w2").items()}
         return (
             dequantize_stacked(self.layout, w13, dtype, stacked=2),
             dequantize_stacked(self.layout, w2, dtype, stacked=1),

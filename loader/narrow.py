@@ -149,12 +149,17 @@ class Piece:
     """Slots ``(U, 1, 1)``, rows ``(U or 1, R, 1)`` and columns ``(U or 1, 1, C)`` as they are stored, on its device."""
 
     def numbers(self) -> Tensor:
-        """``(U, R, C)``, packed as they are; one call of the device, which is not waited for."""
-        stack_SRC = getattr(self.experts, self.name).detach()
-        stack_SRC = stack_SRC if stack_SRC.dim() == 3 else stack_SRC.unsqueeze(-1)
+        """``(U, R, C)``, packed as they are; a call or three of the device, which are not waited for."""
+        stack = getattr(self.experts, self.name).detach()
+        slots, rows, columns = self.indices
         # As integers: not every device copies every small float.
-        found_URC: Tensor = stack_SRC.view(_INTEGERS[stack_SRC.dtype.itemsize])[self.indices]
-        return found_URC.view(stack_SRC.dtype)
+        numbers = stack.view(_INTEGERS[stack.dtype.itemsize])
+        if stack.dim() == 4:  # (S, runs, R, run)
+            found_URC = numbers[slots, columns // stack.shape[-1], rows, columns % stack.shape[-1]]
+        else:
+            found_URC = (numbers if stack.dim() == 3 else numbers.unsqueeze(-1))[slots, rows, columns]
+        there: Tensor = found_URC.view(stack.dtype)
+        return there
 
 
 def narrowed(layer: MoELayer, pieces: Sequence[Piece], numbers: Sequence[Tensor], routing: Routing) -> MoELayer:

@@ -13,6 +13,7 @@ from loader.costs import FusionCost, RankBytes
 from loader.dtypes import itemsize, name_of
 from loader.formats.base import Layout, Span
 from loader.router_config import RouterConfig
+from loader.runs import in_runs
 from loader.text import count, human
 
 if TYPE_CHECKING:
@@ -66,6 +67,13 @@ class ParamSpec:
     """``(385, 4096, 896)``: slots first where it is stacked."""
     dtype: str
     """As in the checkpoint, by safetensors' word: ``I32``."""
+    runs: bool = False
+    """Whether the layer's kernels read it in runs of columns (`loader.runs`): scales of groups."""
+
+    @property
+    def laid_out(self) -> tuple[int, ...]:
+        """Shape once the layer is loaded: ``(385, 28, 4096, 8)`` of ``(385, 4096, 224)`` in runs."""
+        return in_runs(self.shape) if self.runs else self.shape
 
     @property
     def nbytes(self) -> int:
@@ -293,7 +301,14 @@ def _layer_json(layer: LayerPlan, tensors: bool) -> dict[str, Any]:
     )
     answer: dict[str, Any] = {key: getattr(layer, key) for key in keys} | {"bytes": layer.nbytes}
     answer["params"] = [
-        {"name": p.name, "shape": list(p.shape), "dtype": name_of(p.dtype), "bytes": p.nbytes} for p in layer.params
+        {
+            "name": p.name,
+            "shape": list(p.shape),
+            "laid_out": list(p.laid_out),
+            "dtype": name_of(p.dtype),
+            "bytes": p.nbytes,
+        }
+        for p in layer.params
     ]
     answer["placements"] = len(layer.placements)
     answer["unused"] = len(layer.unused)

@@ -31,7 +31,7 @@ class Spot:
     """One row, or column, of all slots of a parameter: of gate and of up, or of down."""
 
     held: Tensor
-    """``(S, P, N)`` of the layer, a view; P projections."""
+    """``(S, P, N)`` of the layer, or ``(S, P, runs, run)``, a view; P projections."""
     expected: Tensor
     """``(S, P, bytes)`` of the checkpoint."""
     where: str
@@ -63,10 +63,10 @@ def spots_of(
     if plan.shared == "slot" and tensors.shared:
         mlps += [(tensors.shared, slot * slices + place, plan.n_shared * slices) for slot in range(plan.n_shared)]
     draw = _Draw(reader, random.Random(seed))
-    spots = list(draw.spots(layer.experts, mlps))
+    spots = list(draw.spots(layer.experts, _laid_out(plan, "experts"), mlps))
     if plan.shared == "separate" and tensors.shared and layer.shared is not None:
         slices, place = (rank.tp_size, rank.index) if rank else (1, 0)
-        spots += draw.spots(layer.shared.experts, [(tensors.shared, place, slices)])
+        spots += draw.spots(layer.shared.experts, _laid_out(plan, "shared"), [(tensors.shared, place, slices)])
     return spots
 
 
@@ -92,25 +92,30 @@ class _Draw:
     def __init__(self, reader: Reader, draw: random.Random) -> None:
         self._reader, self._draw = reader, draw
 
-    def spots(self, experts: Experts, mlps: list[tuple[Mlp, int, int]]) -> Iterator[Spot]:
-        """Slot i of `experts` must hold slice `place` of `slices` of MLP i."""
+    def spots(
+        self, experts: Experts, laid_out: Mapping[str, tuple[int, ...]], mlps: list[tuple[Mlp, int, int]]
+    ) -> Iterator[Spot]:
+        """Slot i of `experts` must hold slice `place` of `slices` of MLP i; `laid_out`: shapes once it is filled."""
         parts = {part.name: part for part in experts.layout.parts}
         for name, parameter in experts.named_parameters():
             part = parts.get(name.partition("_")[2])
             suffix = BIAS if part is None else part.suffix
             projections = ("gate", "up") if name.startswith("w13_") else ("down",)
-            stack_SRC = parameter.detach()
-            stack_SRC = stack_SRC if stack_SRC.dim() == 3 else stack_SRC.unsqueeze(-1)
-            held_SPRC = stack_SRC.unflatten(1, (len(projections), -1))
+            stack = parameter.detach().view(laid_out[name])
+            # Rows first, of columns or of runs of columns.
+            stack = stack.transpose(1, 2) if stack.dim() == 4 else stack if stack.dim() == 3 else stack.unsqueeze(-1)
+            held = stack.unflatten(1, (len(projections), -1))
             infos = {projection: [mlp[projection][suffix] for mlp, _, _ in mlps] for projection in projections}
-            height, width = held_SPRC.shape[2:]
+            height, width = held.shape[2], math.prod(held.shape[3:])
             # One line of gate and up, so that the device gives both at once.
             if self._reader.matrix(infos[projections[0]][0]).is_by_rows:
                 line, kind = self._draw.randrange(height), "row"
-                held, rows, columns = held_SPRC[:, :, line], (line, line + 1), (0, width)
+                held, rows, columns = held[:, :, line], (line, line + 1), (0, width)
             else:
                 line, kind = self._draw.randrange(width), "column"
-                held, rows, columns = held_SPRC[..., line], (0, height), (line, line + 1)
+                run, place_in_run = divmod(line, held.shape[-1])
+                held = held[..., place_in_run] if held.dim() == 4 else held[:, :, :, run, place_in_run]
+                rows, columns = (0, height), (line, line + 1)
             lines = []
             for projection in projections:
                 wanted = [
@@ -142,5 +147,13 @@ def _all_of(tensors: MoeTensors, expert: int) -> Mlp:
     }
 
 
-def _bytes(rows_SPN: Tensor) -> Tensor:
-    return rows_SPN.contiguous().view(torch.uint8)
+def _laid_out(plan: LayerPlan, module: str) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of a module's parameters in memory, by name."""
+    return {
+        param.name.rpartition(".")[2]: param.laid_out for param in plan.params if param.name.split(".")[2] == module
+    }
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    """``(S, P, bytes)`` of rows ``(S, P, ...)``."""
+    return rows.flatten(2).contiguous().view(torch.uint8)

@@ -41,8 +41,8 @@ from loader.errors import VerificationError
 from loader.formats import FORMATS
 from loader.formats.base import Span
 from loader.gathered import moved
+from loader.kernels.configs import ON_TRITON
 from loader.kernels.eager import eager
-from loader.kernels.known import ON_TRITON
 from loader.moe import MoELayer
 from loader.narrow import Piece, Strips, narrowed
 from loader.plan import LayerPlan, Plan

@@ -18,6 +18,7 @@ from torch import Tensor
 from loader.bench.fetched import Fetched, module_at
 from loader.bench.peers import Unavailable
 from loader.bench.problem import Problem
+from loader.runs import by_rows
 
 LIBRARY = "vllm/_moe_C_stable_libtorch.abi3.so"
 ACTIVATION = "sgl_kernel/sm90/common_ops.abi3.so"
@@ -54,7 +55,7 @@ class Marlin:
         tokens, k = ids_TK.shape
         slots, d, f = model.shape.n_slots, model.hidden_size, model.width
         w13, w2 = repack(experts.w13_weight_packed), repack(experts.w2_weight_packed)
-        s13, s2 = lay_scales(experts.w13_weight_scale), lay_scales(experts.w2_weight_scale)
+        s13, s2 = (lay_scales(by_rows(s)) for s in (experts.w13_weight_scale, experts.w2_weight_scale))
         if s13.dtype != x_TD.dtype:
             raise Unavailable(f"Marlin needs scales in the dtype of x, {x_TD.dtype}, not {s13.dtype}")
         block = next((size for size in BLOCKS if tokens * k / slots / size < 0.9), BLOCKS[-1])

@@ -29,6 +29,7 @@ from loader.bench.fetched import Fetched, module_at
 from loader.bench.peers import Unavailable
 from loader.bench.problem import Problem
 from loader.kernels.configs import Shape
+from loader.runs import by_rows
 
 LIBRARY = "sgl_kernel/sm90/common_ops.abi3.so"
 RUNNER = "sglang.srt.layers.moe.moe_runner.triton_utils"
@@ -99,7 +100,7 @@ def _arguments(problem: Problem) -> dict[str, Any]:
         return {**common, **weights, **scales, "use_fp8_w8a8": True, "block_shape": [GROUP, GROUP]}
     # Eight numbers of a word, low nibbles first, are the same bytes as two numbers of a byte.
     weights = {"w1": experts.w13_weight_packed.view(torch.uint8), "w2": experts.w2_weight_packed.view(torch.uint8)}
-    scales = {"w1_scale": experts.w13_weight_scale, "w2_scale": experts.w2_weight_scale}
+    scales = {"w1_scale": by_rows(experts.w13_weight_scale), "w2_scale": by_rows(experts.w2_weight_scale)}
     return {**common, **weights, **scales, "use_int4_w4a16": True, "block_shape": [0, 32]}
 
 

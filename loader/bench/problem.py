@@ -101,7 +101,8 @@ class Problem:
     router: Router
     """The reference, which chose the slots; weights in bfloat16."""
     experts: Experts
-    """``w13_<part>`` ``(E + S, 2F, ...)``, gate rows and then up rows, and ``w2_<part>`` ``(E + S, D, ...)``."""
+    """``w13_<part>`` ``(E + S, 2F, ...)``, gate rows and then up rows, and ``w2_<part>`` ``(E + S, D, ...)``; scales of
+    groups in runs (`loader.runs`)."""
     x_TD: Tensor
     """bfloat16."""
     topk_weights_TK: Tensor
@@ -143,6 +144,7 @@ def random_experts(model: Model, device: torch.device | str, seed: int) -> Exper
     for name, parameter in experts.named_parameters():
         for slot in parameter.data:
             _fill(slot, generator, is_scale="scale" in name)
+    experts.lay_out()
     return experts
 
 

@@ -40,7 +40,10 @@ class ExpertWeights(Protocol):
         """``(E, D)``; None where the experts have none."""
 
     def stacked(self, prefix: Literal["w13", "w2"]) -> Mapping[str, Tensor]:
-        """The stored parts by role, packed as they are, ``(E, rows, columns)``; `w13` has gate rows, then up rows."""
+        """The stored parts by role, packed as they are, ``(E, rows, columns)``; `w13` has gate rows, then up rows.
+
+        Scales of groups may lie in runs, ``(E, runs, rows, run)`` (`loader.runs`).
+        """
 
     def dequantize(self, experts_U: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``w13_U2FD`` (gate rows, then up rows) and ``w2_UDF`` of the experts with these ids."""

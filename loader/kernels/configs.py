@@ -90,6 +90,8 @@ KINDS: Mapping[str, str] = MappingProxyType(
     }
 )
 """What the kernels compute in, by the format of the checkpoint: all that they have."""
+ON_TRITON = frozenset({"triton", "triton_untuned"})
+"""Backends of these kernels, with the router and the order of scales too; the first has the device's table."""
 LARGE = 64
 """Pairs of a block from which on products wait for their operands to come from the cache, and no longer from memory."""
 HOPPER_SHARED_BYTES = 227 << 10
@@ -211,12 +213,11 @@ def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
         wide = block_m == 32 and rows == 1
         return Tiles(block_n=256 if wide else 128 // rows, block_c=128, warps=4, stages=4 - wide, programs=walks)
     if shape.format in PACKED and block_m >= LARGE:
-        # Shared memory for two thread blocks, of which one multiplies while the other one unpacks.
-        return Tiles(block_n=128 // rows, block_c=128, warps=4, stages=3 if shape.format == "mxfp4" else 2, group=8)
+        # Of int4's `down` two stages leave shared memory for a second thread block, which unpacks while one multiplies.
+        stages = 2 if rows == 1 and shape.format == "int4_g32" else 3
+        return Tiles(block_n=128, block_c=128, warps=4 * rows, stages=stages, group=8)
     if shape.format in PACKED:
-        is_int4 = shape.format == "int4_g32"
-        block_n = 128 if rows == 1 else 32 if block_m == 16 or (block_m == 8 and is_int4) else 64
-        stages = 5 if rows == 1 and block_m <= 16 and is_int4 else 3
+        block_n, stages = (128, 5) if rows == 1 else (32 if block_m <= 16 else 64, 3)
         return Tiles(block_n=block_n, block_c=256 if inner >= 256 else 128, warps=4, stages=stages, programs=walks)
     if block_m >= LARGE:
         return Tiles(block_n=128, block_c=64, warps=8, stages=3, group=8, tokens_left=True)

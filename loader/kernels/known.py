@@ -23,5 +23,3 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {"eager": eager, "grouped_mm": grouped, "triton": triton, "triton_untuned": triton}
 )
 """By the option's name in ``rules/features/moe_backend``."""
-ON_TRITON = frozenset({"triton", "triton_untuned"})
-"""Those whose router is one of Triton kernels, too; the first one has the device's table of configurations."""

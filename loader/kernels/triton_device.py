@@ -23,6 +23,15 @@ def is_nvidia(device: torch.device) -> bool:
     return not INTERPRETED.value and device.type == "cuda" and torch.version.hip is None
 
 
+@cache
+def capability(device: torch.device) -> int:
+    """Compute capability of an NVIDIA device that kernels are compiled for, 90 for 9.0; 0 anywhere else."""
+    if not is_nvidia(device):
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 @triton.jit
 def await_previous(PDL: tl.constexpr):
     """First thing in a kernel: the next launch may take its place on the device, and all before it are waited for.
@@ -38,7 +47,7 @@ def await_previous(PDL: tl.constexpr):
 @cache
 def overlapping(device: torch.device) -> dict[str, Any]:
     """Options for a launch there: programmatic dependent launch needs compute capability 9.0."""
-    if not is_nvidia(device) or torch.cuda.get_device_capability(device) < (9, 0):
+    if capability(device) < 90:
         return {}
     return {"PDL": True, "launch_pdl": True}
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from loader.kernels.triton_device import await_previous
-from loader.kernels.triton_product import add_product, no_sum
+from loader.kernels.triton_product import add_product, first_run, no_sum
 from loader.kernels.triton_walk import HALVED, block_of, is_half, place_of
 
 
@@ -41,6 +41,7 @@ def down(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    RUN: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """``hidden @ down.T`` times the router's weight, ``(P, D)`` by pair in the dtype of `out`; `combine` sums it up.
@@ -63,7 +64,7 @@ def down(
             step = at % STEPS
             b, strip = place_of(at // STEPS, n, N_TILES, GROUP)
             place_M, pair_M, here_M, d, row_N, scale_row_N = _tile_of_down(
-                b, strip, ids, order, blocks, E, D, FORMAT, PAIRWISE, TOKENS_LEFT, BLOCK_M, BLOCK_N
+                b, strip, ids, order, blocks, E, D, F, FORMAT, PAIRWISE, TOKENS_LEFT, BLOCK_M, BLOCK_N, RUN
             )
             accumulator = add_product(
                 accumulator,
@@ -82,6 +83,8 @@ def down(
                 ASSEMBLY,
                 TOKENS_LEFT,
                 0,
+                D,
+                RUN,
                 BLOCK_C,
             )
             if step == STEPS - 1:
@@ -97,7 +100,7 @@ def down(
                 if halved == (half == 1):
                     M: tl.constexpr = BLOCK_M >> half
                     place_M, pair_M, here_M, d, row_N, scale_row_N = _tile_of_down(
-                        b, strip, ids, order, blocks, E, D, FORMAT, PAIRWISE, TOKENS_LEFT, M, BLOCK_N
+                        b, strip, ids, order, blocks, E, D, F, FORMAT, PAIRWISE, TOKENS_LEFT, M, BLOCK_N, RUN
                     )
                     accumulator = no_sum(BLOCK_N, M, TOKENS_LEFT)
                     for step in range(STEPS):
@@ -118,6 +121,8 @@ def down(
                             ASSEMBLY,
                             TOKENS_LEFT,
                             0,
+                            D,
+                            RUN,
                             BLOCK_C,
                         )
                     _store_weighted(
@@ -134,21 +139,30 @@ def _tile_of_down(
     blocks,
     E,
     D: tl.constexpr,
+    F: tl.constexpr,
     FORMAT: tl.constexpr,
     PAIRWISE: tl.constexpr,
     TOKENS_LEFT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """Of a strip of block b: places and pairs of its rows, which are there, and `_rows_of_down`."""
     expert, place_M, pair_M, here_M = block_of(b, ids, order, blocks, E, PAIRWISE, BLOCK_M)
-    d, row_N, scale_row_N = _rows_of_down(expert, strip, D, FORMAT, TOKENS_LEFT, BLOCK_N)
+    d, row_N, scale_row_N = _rows_of_down(expert, strip, D, F, FORMAT, TOKENS_LEFT, BLOCK_N, RUN)
     return place_M, pair_M, here_M, d, row_N, scale_row_N
 
 
 @triton.jit
 def _rows_of_down(
-    expert, strip, D: tl.constexpr, FORMAT: tl.constexpr, TOKENS_LEFT: tl.constexpr, BLOCK_N: tl.constexpr
+    expert,
+    strip,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    FORMAT: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """Columns of the output of a strip, the rows of the stack that they are, and those of its scales."""
     d = strip * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -159,6 +173,8 @@ def _rows_of_down(
         return d, row_N, expert.to(tl.int64) * ((D + 127) // 128) + strip * BLOCK_N // 128
     elif FORMAT == "fp8_block":
         return d, row_N, expert.to(tl.int64) * ((D + 127) // 128) + d_N // 128
+    elif FORMAT == "int4_g32" or FORMAT == "mxfp4":
+        return d, row_N, first_run(expert, d_N, D, F, RUN)
     else:
         return d, row_N, row_N
 
@@ -205,6 +221,7 @@ def down_by_token(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    RUN: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """`down` and `combine` in one for a few tokens, ``(T, D)``: a program has some columns of one token, of all slots.
@@ -223,7 +240,7 @@ def down_by_token(
         known = (expert >= 0) & (expert < E)
         expert = tl.where(known, expert, 0)
         factor = tl.load(router_weights + pair).to(tl.float32)
-        _, row_N, scale_row_N = _rows_of_down(expert, tl.program_id(0), D, FORMAT, False, BLOCK_N)
+        _, row_N, scale_row_N = _rows_of_down(expert, tl.program_id(0), D, F, FORMAT, False, BLOCK_N, RUN)
         part = add_product(
             tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32),
             hidden,
@@ -241,6 +258,8 @@ def down_by_token(
             ASSEMBLY,
             False,
             0,
+            D,
+            RUN,
             BLOCK_C,
         )
         if BIASED:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from loader.kernels.triton_device import await_previous
 from loader.kernels.triton_prepare import gated
-from loader.kernels.triton_product import HALF_RUN, add_product, no_sum
+from loader.kernels.triton_product import HALF_RUN, add_product, first_run, no_sum
 from loader.kernels.triton_walk import HALVED, block_of, is_half, place_of
 
 
@@ -65,6 +65,7 @@ def gate_up(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    RUN: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """``gated(x @ gate.T, x @ up.T)`` of all pairs, ``(P, F)`` by place, in the dtype of `out`.
@@ -114,6 +115,7 @@ def gate_up(
                     BLOCK_M >> half,
                     BLOCK_N,
                     BLOCK_C,
+                    RUN,
                 )
 
 
@@ -148,6 +150,7 @@ def _tile_of_gate_up(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """Of block b the columns from `begin_n` on, or the part of them that is `split`."""
     STREAMED: tl.constexpr = (FORMAT == "int4_g32" or FORMAT == "mxfp4") and SPLITS == 1
@@ -166,6 +169,8 @@ def _tile_of_gate_up(
         scale_row_N = expert.to(tl.int64) * (2 * UP) + begin_n // 128
     elif FORMAT == "fp8_block":
         scale_row_N = (expert.to(tl.int64) * 2 + half_N) * UP + f_N // 128
+    elif FORMAT == "int4_g32" or FORMAT == "mxfp4":
+        scale_row_N = first_run(expert, half_N * F + f_N, 2 * F, D, RUN)
     accumulator = no_sum(2 * BLOCK_N, BLOCK_M, TOKENS_LEFT)
     for step in range(split * STEPS, (split + 1) * STEPS):
         accumulator = add_product(
@@ -185,6 +190,8 @@ def _tile_of_gate_up(
             ASSEMBLY,
             TOKENS_LEFT,
             UP,
+            2 * F,
+            RUN,
             BLOCK_C,
         )
     if BIASED:

@@ -23,7 +23,7 @@ from loader.kernels.configs import (
     misfit,
     power_of_two,
 )
-from loader.kernels.triton_device import is_nvidia, overlapping
+from loader.kernels.triton_device import capability, is_nvidia, overlapping
 from loader.kernels.triton_down import combine, down, down_by_token
 from loader.kernels.triton_gate_up import gate_up
 from loader.kernels.triton_prepare import prepare
@@ -50,8 +50,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 class TritonExperts:
     """The routed (and fused shared) experts of one layer; holds views of its weights, no memory of its own."""
 
-    def __init__(self, weights: ExpertWeights, *, launch: Launch = launch, assembly: bool | None = None) -> None:
-        """`assembly`: whether what only NVIDIA's compiler takes may be used; None: where inputs are on its device."""
+    def __init__(self, weights: ExpertWeights, *, launch: Launch = launch, assembly: int | None = None) -> None:
+        """`assembly`: compute capability of NVIDIA's devices to compile for, 90 for 9.0, 0 for others'; None: that of
+        the inputs' device.
+        """
         config, layout = weights.config, weights.layout
         kind = KINDS.get(layout.name)
         if kind is None:
@@ -159,10 +161,10 @@ class _Call:
         self.pairs, self.k, self.dtype = ids.numel(), ids.shape[1], x_TD.dtype
         if wrong := misfit(config, experts.format):
             raise ValueError(wrong)
-        self.native = is_nvidia(x_TD.device) if experts._assembly is None else experts._assembly
+        self.native = capability(x_TD.device) if experts._assembly is None else experts._assembly
         # It computes in bf16, from scales that are bf16 or powers of two.
         fits = x_TD.dtype == torch.bfloat16 and experts.kind in PACKED and experts.is_exact_in_bf16
-        self.assembly = self.native and fits
+        self.assembly = self.native if fits else 0
         fp8 = experts.kind == "fp8_block" and x_TD.dtype != torch.float32
         self.form = "streams" if experts.kind in PACKED else "fp8" if fp8 else "plain"
         self.x, self.x_scale = self._prepared(x_TD)
@@ -266,7 +268,7 @@ class _Call:
             GROUP=t.group,
             TOKENS_LEFT=t.tokens_left,
             BIASED=e.bias13 is not None,
-            **self._common(t),
+            **self._common(t, e.scale13),
             **e.activation,
         )
         if c.splits > 1:
@@ -295,7 +297,7 @@ class _Call:
             TOKENS_LEFT=t.tokens_left,
             WALKS=t.programs > 0,
             BIASED=e.bias2 is not None,
-            **self._common(t),
+            **self._common(t, e.scale2),
         )
         return out
 
@@ -314,7 +316,7 @@ class _Call:
             e.n_slots,
             K=self.k,
             BIASED=e.bias2 is not None,
-            **self._common(t),
+            **self._common(t, e.scale2),
         )
         return out
 
@@ -327,7 +329,7 @@ class _Call:
             return self.pairs, (self.ids,) * 4
         return schedule.most, (self.ids, schedule.order, schedule.blocks, schedule.n)
 
-    def _common(self, tiles: Tiles) -> dict[str, Any]:
+    def _common(self, tiles: Tiles, scale: Tensor) -> dict[str, Any]:
         return {
             "D": self.experts.hidden_size,
             "F": self.experts.width,
@@ -336,6 +338,7 @@ class _Call:
             "BLOCK_M": self.config.block_m,
             "BLOCK_N": tiles.block_n,
             "BLOCK_C": tiles.block_c,
+            "RUN": scale.shape[-1] if self.experts.kind in PACKED else 1,
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
             **({"maxnreg": tiles.registers} if tiles.registers and self.native else {}),

@@ -29,6 +29,12 @@ def dot(a, b, accumulator):
 
 
 @triton.jit
+def first_run(expert, row_N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr):
+    """The first run of rows of an expert's matrix of ROWS by COLUMNS, among all of them; by rows a run is a row."""
+    return expert.to(tl.int64) * (ROWS * (COLUMNS // 32 // RUN)) + row_N
+
+
+@triton.jit
 def _product(w_NC, x_MC, accumulator, TOKENS_LEFT: tl.constexpr):
     """``accumulator + w @ x.T``, or its transpose."""
     if TOKENS_LEFT:
@@ -61,6 +67,8 @@ def add_product(
     ASSEMBLY: tl.constexpr,
     TOKENS_LEFT: tl.constexpr,
     UP: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
     C: tl.constexpr,
 ):
     """``accumulator + weight[row, c] @ x[place, c].T`` over C columns c from ``step * C`` on, of matrices of COLUMNS.
@@ -70,7 +78,8 @@ def add_product(
     for all, and one for those of up, where UP is not 0, as many rows further on. FORMAT: ``plain``
     numbers of the dtype of x; ``fp8_block``, for which x is FP8 with an `x_scale` to 128 columns, or float32 without;
     ``int4_g32`` or ``mxfp4``, for which x lies by streams (`prepare`), so that each is copied to shared memory as it
-    lies.
+    lies, and scales by RUN groups of each of a matrix's ROWS (`loader.runs`; GROUPS of them where they lie by rows).
+    `scale_row_N` is the first run of each row then.
     """
     M: tl.constexpr = place_M.shape[0]
     N: tl.constexpr = row_N.shape[0]
@@ -110,7 +119,10 @@ def add_product(
         q = step * (C // 4) + tl.arange(0, C // 4)
         g = step * (C // 32) + tl.arange(0, C // 32)
         w_at = weight + row_N[:, None] * QUADS + q[None, :]
-        s_at = scale + row_N[:, None] * GROUPS + g[None, :]
+        if RUN == GROUPS:
+            s_at = scale + scale_row_N[:, None] * RUN + g[None, :]
+        else:
+            s_at = scale + scale_row_N[:, None] * RUN + (g // RUN * (ROWS * RUN) + g % RUN)[None, :]
         quads = tl.load(w_at) if EVEN else tl.load(w_at, mask=q[None, :] < QUADS, other=0)
         group = tl.load(s_at) if EVEN else tl.load(s_at, mask=g[None, :] < GROUPS, other=0)
         at = x + place_M[:, None] * COLUMNS + q[None, :]
@@ -121,7 +133,7 @@ def add_product(
         x3 = tl.load(at + 3 * QUADS, mask=inside, other=0.0)
         factor = factors(group, FORMAT, ASSEMBLY)
         spread = tl.broadcast_to(factor[:, :, None], (N, C // 32, 8)).reshape(N, C // 4)
-        w0, w1, w2, w3 = streams(quads, spread, FORMAT, x.dtype.element_ty, ASSEMBLY, M)
+        w0, w1, w2, w3 = streams(quads, spread, FORMAT, x.dtype.element_ty, ASSEMBLY)
         tl.static_assert(not TOKENS_LEFT, "what is unpacked in registers is the left operand")
         accumulator = dot(w0, x0.T, accumulator)
         accumulator = dot(w1, x1.T, accumulator)

@@ -17,26 +17,42 @@ import triton.language as tl
 
 @triton.jit
 def factors(scale, FORMAT: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """What `streams` multiplies a group's numbers with, from its stored scale: once a group, not once a column."""
+    """What `streams` multiplies a group's numbers with, from its stored scale: once a group, not once a column.
+
+    ASSEMBLY: the compute capability of the device whose inline assembly may be used, 90 for 9.0; 0: none.
+    """
     if FORMAT == "int4_g32":
         return scale
     elif ASSEMBLY:
+        codes = _unseen(scale) if ASSEMBLY < 100 else scale
         return tl.inline_asm_elementwise(
-            asm=_E8M0, constraints="=&r,=&r,r", args=[scale], dtype=tl.bfloat16, is_pure=True, pack=4
+            asm=_E8M0, constraints="=&r,=&r,r", args=[codes], dtype=tl.bfloat16, is_pure=True, pack=4
         )
     else:
         return e8m0(scale, tl.float32)
 
 
 @triton.jit
-def streams(quads, factor, FORMAT: tl.constexpr, dtype: tl.constexpr, ASSEMBLY: tl.constexpr, M: tl.constexpr):
+def _unseen(codes):
+    """The same codes, of 8 bits, for operands that lie as if they came from 16.
+
+    The narrowest load behind a product says how Triton's operands lie: behind codes a thread would have four neighbours
+    of a row and not two, which no ``ldmatrix`` reads. Triton looks back as far as all is pure, so this is not. For
+    compute capability 10.0 it can't pipeline loops around what is not pure, and has operands in memory of their own.
+    """
+    return tl.inline_asm_elementwise(
+        asm="mov.b32 $0, $1;", constraints="=r,r", args=[codes], dtype=tl.uint8, is_pure=False, pack=4
+    )
+
+
+@triton.jit
+def streams(quads, factor, FORMAT: tl.constexpr, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
     """The four streams of `quads` times `factor` (`factors`, one number a quad), in `dtype`.
 
-    ``int4_g32``: nibble - 8; ``mxfp4``: E2M1. Rounded once, as the formats' own libraries do it. M: pairs of a block,
-    which say what there is less of, instructions or registers.
+    ``int4_g32``: nibble - 8; ``mxfp4``: E2M1. Rounded once, as the formats' own libraries do it.
     """
     if ASSEMBLY:
-        return _assembly(quads, factor, _INT4 if FORMAT == "int4_g32" else _MXFP4_OF_MANY if M >= 32 else _MXFP4)
+        return _assembly(quads, factor, _INT4 if FORMAT == "int4_g32" else _MXFP4)
     elif FORMAT == "int4_g32":
         return (
             _int4(quads, 0, factor, dtype),
@@ -113,29 +129,15 @@ _MXFP4 = _of_two_quads(
     ],
     [("$5", "zero")],
 )
-# The same in more instructions and fewer registers, which blocks of many pairs need for their sums. One multiplication
-# adds up two shifts of a nibble, of its sign and of the rest; both move up only in the first two nibbles of a quad, and
-# the last two are its first ones once it is shifted.
-_MXFP4_OF_MANY = _of_two_quads(
-    ".reg .b32 h; shr.u32 h, $4, 8;",
-    [
-        "and.b32 n, $4, 0x000F000F; mul.lo.u32 n, n, 0x1040; and.b32 {out}, n, 0x81C081C0;",
-        "and.b32 n, $4, 0x00F000F0; mul.lo.u32 n, n, 0x0104; and.b32 {out}, n, 0x81C081C0;",
-        "and.b32 n, h, 0x000F000F; mul.lo.u32 n, n, 0x1040; and.b32 {out}, n, 0x81C081C0;",
-        "and.b32 n, h, 0x00F000F0; mul.lo.u32 n, n, 0x0104; and.b32 {out}, n, 0x81C081C0;",
-    ],
-    [("$5", "zero")],
-)
 # Four codes of E8M0 ($2) to pairs of bf16 in $0 and $1: 2 ** (code - 1), as `_MXFP4` leaves its numbers 2 ** -126 too
-# small. A code is bf16's exponent, but that 0 is a subnormal number; times 2 ** 126 codes above 128 are infinite, so
-# that a scale of 2 ** 2 and more, which no weights have, is loud.
+# small. A code is bf16's exponent, times 2 ** 126 here: codes above 128 are infinite, so that a scale of 2 ** 2 and
+# more, which no weights have, is loud; code 0 is 0 and not 2 ** -127, so that a weight is 4e-38 off at most.
 _E8M0 = tl.constexpr(
     """{
-.reg .b32 least, by, zero;
-mov.b32 least, 0x00400040; mov.b32 by, 0x7E807E80; mov.b32 zero, 0x80008000;
+.reg .b32 by, zero;
+mov.b32 by, 0x7E807E80; mov.b32 zero, 0x80008000;
 prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;
 shl.b32 $0, $0, 7; shl.b32 $1, $1, 7;
-max.bf16x2 $0, $0, least; max.bf16x2 $1, $1, least;
 fma.rn.bf16x2 $0, $0, by, zero; fma.rn.bf16x2 $1, $1, by, zero;
 }"""
 )
@@ -144,7 +146,7 @@ _FOUR = tl.constexpr((tl.bfloat16,) * 4)
 
 @triton.jit
 def _assembly(quads, factor, ASM: tl.constexpr):
-    """Run `_INT4`, `_MXFP4` or `_MXFP4_OF_MANY`, two quads at a time."""
+    """Run `_INT4` or `_MXFP4`, two quads at a time."""
     return tl.inline_asm_elementwise(
         asm=ASM,
         constraints="=&r,=&r,=&r,=&r,r,r",

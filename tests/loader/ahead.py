@@ -106,12 +106,14 @@ def launches_of(
             width=shape.width,
             kernel=eager,
         )
+        experts.lay_out()
         x = torch.empty(tokens, shape.hidden_size, dtype=dtype)
         weights = torch.empty(tokens, shape.top_k)
         ids = torch.empty(tokens, shape.top_k, dtype=ids_dtype)
     record = Recorder()
-    on_nvidia = TARGETS[arch].backend == "cuda"
-    TritonExperts(experts, launch=record, assembly=on_nvidia)(x, weights, ids, config=config)
+    target = TARGETS[arch]
+    assembly = int(target.arch) if target.backend == "cuda" else 0
+    TritonExperts(experts, launch=record, assembly=assembly)(x, weights, ids, config=config)
     return record.launches
 
 

@@ -20,8 +20,12 @@ def stack(
     seed: int = 0,
     config: ExpertConfig | None = None,
     biased: bool = False,
+    laid_out: bool = False,
 ) -> Experts:
-    """Experts whose gates and outputs are of about the size of one, so that relative errors mean something."""
+    """Experts whose gates and outputs are of about the size of one, so that relative errors mean something.
+
+    `laid_out`: with scales of groups in runs.
+    """
     with torch.device("meta"):
         experts = Experts(
             layout_of(load_rules().formats[format_name]),
@@ -47,4 +51,6 @@ def stack(
         else:
             scale = 1.0 if numbers.dtype == torch.float8_e4m3fn else size
             numbers.copy_(torch.randn(numbers.shape, generator=generator) * scale)
+    if laid_out:
+        experts.lay_out()
     return experts

@@ -186,6 +186,32 @@ def test_the_configuration_by_counting_is_right_too(layer: Any, format_name: str
     assert relative(actual, eager(x, weights, ids, experts)) <= TOLERANCES[torch.float32]
 
 
+@pytest.mark.parametrize("sizes", [(768, 64), (64, 768)], ids=["gate_up", "down"])
+@pytest.mark.parametrize(
+    ("config", "step"),
+    [({"by_token": True}, 128), ({"by_pair": True, "splits": 2}, 256), ({"walked": 1}, 512), ({"block_m": 8}, 256)],
+)
+@pytest.mark.parametrize("format_name", sorted(PACKED))
+def test_scales_in_runs_give_bit_for_bit_what_scales_by_rows_do(
+    layer: Any, format_name: str, config: dict[str, Any], step: int, sizes: tuple[int, int]
+) -> None:
+    """In steps of half a run, of one, and of two, beyond the last one; one matrix has runs, the other a few groups."""
+    hidden, width = sizes
+    call = {"seed": 9, "tokens": 2, "slots": 3, "top_k": 2, "hidden": hidden, "routing": "random", "dropped": False}
+    x, weights, ids = routed(call)
+    plain, runs = (
+        stack(format_name, slots=3, hidden=hidden, width=width, seed=9, laid_out=each) for each in (False, True)
+    )
+    assert [runs.stacked(name)["scale"].dim() for name in ("w13", "w2")] == [4 if n > 256 else 3 for n in sizes]
+    cut = small_tiles(format_name, **config)
+    halves = {name: replace(getattr(cut, name), block_n=64, block_c=step) for name in ("gate_up", "down")}
+    expected, actual = (
+        layer.TritonExperts(each)(x, weights, ids, config=replace(cut, **halves)) for each in (plain, runs)
+    )
+    assert torch.equal(actual, expected)
+    assert relative(actual, eager(x, weights, ids, runs)) <= TOLERANCES[torch.float32]
+
+
 @pytest.mark.parametrize("config", WAYS)
 def test_what_weighs_nothing_stays_out(layer: Any, config: dict[str, Any]) -> None:
     """A token without a weight may be NaN, or infinite: nobody else sees it, and it comes out as 0."""

@@ -16,8 +16,7 @@ def show_unpacked(
     FORMAT: tl.constexpr,
     ROWS: tl.constexpr,
     C: tl.constexpr,
-    ASSEMBLY: tl.constexpr = False,
-    M: tl.constexpr = 16,
+    ASSEMBLY: tl.constexpr = 0,
 ):
     """All of one matrix ``(ROWS, C)``, in the dtype of `out`."""
     n = tl.arange(0, ROWS)
@@ -26,7 +25,7 @@ def show_unpacked(
     w = tl.load(quads + n[:, None] * (C // 4) + q[None, :])
     s = factors(tl.load(scale + n[:, None] * (C // 32) + g[None, :]), FORMAT, ASSEMBLY)
     s = tl.broadcast_to(s[:, :, None], (ROWS, C // 32, 8)).reshape(ROWS, C // 4)
-    w0, w1, w2, w3 = streams(w, s, FORMAT, out.dtype.element_ty, ASSEMBLY, M)
+    w0, w1, w2, w3 = streams(w, s, FORMAT, out.dtype.element_ty, ASSEMBLY)
     at = out + n[:, None] * C + 4 * q[None, :]
     tl.store(at, w0)
     tl.store(at + 1, w1)
