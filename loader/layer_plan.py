@@ -11,8 +11,9 @@ from loader.dtypes import NAMES, is_wide_float, name_of
 from loader.errors import Code, PlanFault
 from loader.formats import FORMATS, Layout, Part, StraddleError, match_layout
 from loader.formats.base import Span
-from loader.kernels.configs import ON_TRITON, PACKED
+from loader.kernels.configs import ON_TRITON
 from loader.plan import LayerPlan, ParamSpec, Placement, ShapeNote
+from loader.runs import parts_in_runs
 
 Projection = Mapping[str, TensorInfo]
 """Parts of one projection by suffix."""
@@ -152,9 +153,10 @@ class _LayerPlanner:
 
     def _stack(self, module: str, layout: Layout, n_experts: int, width: int, backend: str) -> None:
         d = self.w.hidden_size
+        laid_out = parts_in_runs(layout) if backend in ON_TRITON else []
         for part in layout.parts:
             rows, columns = part.shape(width, d)
-            runs = backend in ON_TRITON and layout.name in PACKED and part.role == "scale"
+            runs = part in laid_out
             self.params += [
                 ParamSpec(name=self._param(f"{module}.{name}_{part.name}"), shape=shape, dtype=part.dtype, runs=runs)
                 for name, shape in (("w13", (n_experts, 2 * rows, columns)), ("w2", (n_experts, *part.shape(d, width))))

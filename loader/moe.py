@@ -19,10 +19,9 @@ from loader.activation import ExpertConfig
 from loader.checkpoint import DTYPES
 from loader.formats import Layout, dequantize_stacked
 from loader.kernels.base import Kernel
-from loader.kernels.configs import PACKED
 from loader.kernels.tuned import Table
 from loader.router_config import RouterConfig
-from loader.runs import by_rows, lay_out
+from loader.runs import by_rows, lay_out, parts_in_runs
 
 
 class Router(nn.Module):
@@ -145,9 +144,8 @@ class Experts(nn.Module):
 
     def lay_out(self) -> None:
         """Put scales of groups, as a checkpoint has them, into runs (`loader.runs`), in the same memory."""
-        scales_of = [part.name for part in self.layout.parts if part.role == "scale" and self.layout.name in PACKED]
-        for part in scales_of:
-            for name in (f"w13_{part}", f"w2_{part}"):
+        for part in parts_in_runs(self.layout):
+            for name in (f"w13_{part.name}", f"w2_{part.name}"):
                 scales = lay_out(getattr(self, name).detach())
                 setattr(self, name, nn.Parameter(scales, requires_grad=False))
 

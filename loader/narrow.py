@@ -22,6 +22,7 @@ from loader.gathered import moved
 from loader.moe import Experts, MoELayer
 from loader.plan import LayerPlan, Rank
 from loader.raw import Matrix
+from loader.runs import rows_of
 from loader.twins import Routing, routed, shallow
 
 STRIP, HIDDEN_STRIP = 32, 256
@@ -149,17 +150,14 @@ class Piece:
     """Slots ``(U, 1, 1)``, rows ``(U or 1, R, 1)`` and columns ``(U or 1, 1, C)`` as they are stored, on its device."""
 
     def numbers(self) -> Tensor:
-        """``(U, R, C)``, packed as they are; a call or three of the device, which are not waited for."""
+        """``(U, R, C)``, packed as they are; three calls of the device, which are not waited for."""
         stack = getattr(self.experts, self.name).detach()
         slots, rows, columns = self.indices
         # As integers: not every device copies every small float.
-        numbers = stack.view(_INTEGERS[stack.dtype.itemsize])
-        if stack.dim() == 4:  # (S, runs, R, run)
-            found_URC = numbers[slots, columns // stack.shape[-1], rows, columns % stack.shape[-1]]
-        else:
-            found_URC = (numbers if stack.dim() == 3 else numbers.unsqueeze(-1))[slots, rows, columns]
-        there: Tensor = found_URC.view(stack.dtype)
-        return there
+        numbers = rows_of(stack.view(_INTEGERS[stack.dtype.itemsize]))
+        run = numbers.shape[-1]
+        found_URC: Tensor = numbers[slots, rows, columns // run, columns % run].view(stack.dtype)
+        return found_URC
 
 
 def narrowed(layer: MoELayer, pieces: Sequence[Piece], numbers: Sequence[Tensor], routing: Routing) -> MoELayer:

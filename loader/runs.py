@@ -1,8 +1,8 @@
 """Scales of groups in runs of columns: what a step of a kernel reads of neighbouring rows lies side by side.
 
 A step reads a few scales of each row: 8 bytes of MXFP4, where memory gives 32 at least. In runs the 8 of one row are
-followed by those of the next, so that every byte that memory gives is wanted. Shapes: E slots, R rows, G groups to a
-row.
+followed by those of the next, so that every byte that memory gives is wanted. Shapes: E slots, R rows, C columns, G
+groups to a row.
 """
 
 from __future__ import annotations
@@ -10,13 +10,22 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
+from loader.kernels.configs import PACKED
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from loader.formats import Layout, Part
 
 RUN = 8
 """Groups in a run: 256 columns in groups of 32, what a step of most configurations has."""
 PIECE_BYTES = 8 << 20
 """What is laid out at once, and held twice for that long."""
+
+
+def parts_in_runs(layout: Layout) -> list[Part]:
+    """What the Triton kernels read in runs: scales of groups."""
+    return [part for part in layout.parts if part.role == "scale"] if layout.name in PACKED else []
 
 
 def in_runs(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -40,6 +49,15 @@ def lay_out(scales_ERG: Tensor) -> Tensor:
     return scales_ERG.view(shape)
 
 
-def by_rows(scales: Tensor) -> Tensor:
-    """Scales ``(..., R, G)``, whichever way they lie: those of `lay_out` are copied."""
-    return scales.transpose(-3, -2).flatten(-2) if scales.dim() == 4 else scales
+def rows_of(stack: Tensor) -> Tensor:
+    """A view ``(E, R, runs, run)`` of a stack, whichever way it lies: a row ``(E, R, C)`` is one run, so is a number of
+    ``(E, R)``.
+    """
+    if stack.dim() == 4:
+        return stack.transpose(1, 2)
+    return stack.unsqueeze(2) if stack.dim() == 3 else stack[..., None, None]
+
+
+def by_rows(stack: Tensor) -> Tensor:
+    """A stack ``(E, R, C)``, whichever way it lies: what lies in runs is copied."""
+    return rows_of(stack).flatten(2)

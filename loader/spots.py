@@ -21,6 +21,7 @@ from loader.gathered import moved
 from loader.moe import Experts, MoELayer
 from loader.plan import LayerPlan, Rank
 from loader.raw import Matrix, Reader
+from loader.runs import rows_of
 
 Mlp = Mapping[str, Mapping[str, TensorInfo]]
 """Parts of gate, up and down by suffix, a bias as `BIAS`."""
@@ -31,7 +32,7 @@ class Spot:
     """One row, or column, of all slots of a parameter: of gate and of up, or of down."""
 
     held: Tensor
-    """``(S, P, N)`` of the layer, or ``(S, P, runs, run)``, a view; P projections."""
+    """``(S, P, runs, run)`` of the layer, or of a column ``(S, P, N)``, a view; P projections."""
     expected: Tensor
     """``(S, P, bytes)`` of the checkpoint."""
     where: str
@@ -101,21 +102,17 @@ class _Draw:
             part = parts.get(name.partition("_")[2])
             suffix = BIAS if part is None else part.suffix
             projections = ("gate", "up") if name.startswith("w13_") else ("down",)
-            stack = parameter.detach().view(laid_out[name])
-            # Rows first, of columns or of runs of columns.
-            stack = stack.transpose(1, 2) if stack.dim() == 4 else stack if stack.dim() == 3 else stack.unsqueeze(-1)
-            held = stack.unflatten(1, (len(projections), -1))
+            held = rows_of(parameter.detach().view(laid_out[name])).unflatten(1, (len(projections), -1))
             infos = {projection: [mlp[projection][suffix] for mlp, _, _ in mlps] for projection in projections}
-            height, width = held.shape[2], math.prod(held.shape[3:])
+            height, runs, run = held.shape[2:]
+            width = runs * run
             # One line of gate and up, so that the device gives both at once.
             if self._reader.matrix(infos[projections[0]][0]).is_by_rows:
                 line, kind = self._draw.randrange(height), "row"
                 held, rows, columns = held[:, :, line], (line, line + 1), (0, width)
             else:
                 line, kind = self._draw.randrange(width), "column"
-                run, place_in_run = divmod(line, held.shape[-1])
-                held = held[..., place_in_run] if held.dim() == 4 else held[:, :, :, run, place_in_run]
-                rows, columns = (0, height), (line, line + 1)
+                held, rows, columns = held[..., line // run, line % run], (0, height), (line, line + 1)
             lines = []
             for projection in projections:
                 wanted = [
