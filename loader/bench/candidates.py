@@ -11,14 +11,17 @@ from loader.kernels.configs import (
     BY_TOKEN,
     HOPPER_SHARED_BYTES,
     LARGE,
+    MOST_KEPT,
     PACKED,
     Config,
     Shape,
     Tiles,
     accumulators,
     default,
+    kept_columns,
     misfit,
     one_by_one,
+    shared_bytes,
     stage_bytes,
 )
 
@@ -85,17 +88,33 @@ def tiles(shape: Shape, config: Config, half: str) -> list[Tiles]:
                     one = Tiles(block_n=block_n, block_c=step, warps=warps, stages=stages)
                     if accumulators(shape, config.block_m, rows, one) > MOST_ACCUMULATORS:
                         continue
-                    if stage_bytes(shape, config.block_m, rows, one) * stages > HOPPER_SHARED_BYTES:
+                    if half == "down" and shape.width <= MOST_KEPT:
+                        found += _keeping(shape, config, one)
+                    if shared_bytes(shape, config.block_m, rows, one) > HOPPER_SHARED_BYTES:
                         continue
-                    # Sums of FP8 are scaled step by step; what else is large would wait for each step of a walk.
-                    walks = (0, 4) if half == "down" and (not large or shape.format == "fp8_block") else (0,)
                     if not large:
-                        found += [replace(one, programs=p) for p in walks]
+                        found += [replace(one, programs=p) for p in ((0, 4) if half == "down" else (0,))]
                         continue
-                    lefts = itertools.product((1, 8), (False, True), walks)
+                    # What is large would wait for each step of a walk; tiles of gate_up are loops of their own.
+                    programs = (0, 2) if half == "gate_up" and not packed else (0,)
+                    lefts = itertools.product((1, 8), (False, True), programs)
                     both = [replace(one, group=g, tokens_left=left, programs=p) for g, left, p in lefts]
                     found += [each for each in both if not misfit(with_tiles(config, half, each), shape.format)]
     return found
+
+
+def _keeping(shape: Shape, config: Config, one: Tiles) -> list[Tiles]:
+    """These tiles of down in programs that keep their activations, two to sixteen to a block, which fit."""
+    strips = -(-shape.hidden_size // one.block_n)
+    lefts = (False, True) if config.block_m >= LARGE else (False,)
+    each = dict.fromkeys(-(-strips // parts) for parts in (2, 4, 8, 16))
+    kept = [replace(one, strips=count, tokens_left=left) for count in each if count > 1 for left in lefts]
+    return [
+        tiles
+        for tiles in kept
+        if shared_bytes(shape, config.block_m, 1, tiles) <= HOPPER_SHARED_BYTES
+        and not misfit(with_tiles(config, "down", tiles), shape.format)
+    ]
 
 
 def fewer_registers(shape: Shape, config: Config, half: str) -> list[Tiles]:
@@ -122,7 +141,8 @@ def some_tiles(shape: Shape, config: Config, half: str, most: int, draw: random.
     rows = 2 if half == "gate_up" else 1
 
     def bytes_moved(one: Tiles) -> float:
-        return stage_bytes(shape, config.block_m, rows, one) / (one.block_n * one.block_c)
+        columns = kept_columns(shape, one) if one.strips > 1 else one.block_c
+        return stage_bytes(shape, config.block_m, rows, one) / (one.block_n * columns)
 
     fewest = sorted(found, key=bytes_moved)[: most // 2]
     return list(dict.fromkeys([*fewest, *found]))[:most]

@@ -51,6 +51,9 @@ class Tiles:
     """Programs to a multiprocessor that walk along the tiles; 0: a program a tile."""
     tokens_left: bool = False
     """Whether tokens are the left operand, for blocks of 64 and more; never for packed formats."""
+    strips: int = 1
+    """Strips of columns that a program of down computes of its block, whose activations it keeps if these are several;
+    then a program has no other tiles, and `programs` is 0."""
     registers: int = 0
     """What a thread may have at most, so that more thread blocks fit a multiprocessor; 0: what the compiler takes."""
 
@@ -94,6 +97,10 @@ ON_TRITON = frozenset({"triton", "triton_untuned"})
 """Backends of these kernels, with the router and the order of scales too; the first has the device's table."""
 LARGE = 64
 """Pairs of a block from which on products wait for their operands to come from the cache, and no longer from memory."""
+MOST_KEPT = 512
+"""Columns of the intermediate up to which `down` keeps them all; more were not tried."""
+LEAST_STRIPS = 4
+"""Strips of a program from which on keeping its activations is counted to pay."""
 HOPPER_SHARED_BYTES = 227 << 10
 """Shared memory that one thread block may have, compute capability 9.0."""
 
@@ -102,7 +109,7 @@ def default(
     shape: Shape,
     tokens: int,
     multiprocessors: int,
-    shared_bytes: int = HOPPER_SHARED_BYTES,
+    limit: int = HOPPER_SHARED_BYTES,
     *,
     block_m: int | None = None,
     least: int = 8,
@@ -113,20 +120,26 @@ def default(
     A memory-bound layer wants every multiprocessor to have loads under way from the first to the last microsecond, so
     that a product with few tiles is split along its inner axis; a compute-bound one wants tiles as large as registers
     allow, which are as high as an expert's share of the tokens. Where counting left a choice, what a first search on an
-    H200 liked better (benchmarks/README.md). `shared_bytes` are what one thread block may have; `block_m` is counted
+    H200 liked better (benchmarks/README.md). `limit` are what one thread block may have; `block_m` is counted
     where it is not given, and else what the tiles are cut for; `least` is that of the device's smallest product of bf16
     (8 with NVIDIA's ``mma.sync``). `x_bytes` are those of an activation, 4 for float32.
     """
     alone = block_m is None and tokens <= 1  # no two tokens share an expert
     if alone and KINDS[shape.format] == "plain":
-        return replace(one_by_one(shape, tokens, multiprocessors, shared_bytes, x_bytes), splits=1)
+        return replace(one_by_one(shape, tokens, multiprocessors, limit, x_bytes), splits=1)
     pairs = max(tokens * shape.top_k, 1)
-    block_m = block_m or _block_m(shape, pairs, least, x_bytes)
-    gate_up, down = _tiles(shape, block_m, rows=2), _tiles(shape, block_m, rows=1)
-    tiles = min(shape.n_slots, pairs) * -(-shape.width // gate_up.block_n)
+    block_m = block_m or _block_m(shape, pairs, multiprocessors, least, x_bytes)
+    blocks = max(min(shape.n_slots, pairs), pairs // block_m)
+    gate_up, down = _tiles(shape, block_m, rows=2), _keeping(shape, block_m, blocks, multiprocessors)
+    is_short = not alone and down.strips < LEAST_STRIPS
+    if is_short or shape.width > MOST_KEPT or shared_bytes(shape, block_m, 1, replace(down, stages=2), x_bytes) > limit:
+        down = _tiles(shape, block_m, rows=1)
+    if block_m >= LARGE and blocks * shape.width < multiprocessors * gate_up.block_n:
+        gate_up = replace(gate_up, block_n=gate_up.block_n // 2)
+    tiles = blocks * -(-shape.width // gate_up.block_n)
     steps = -(-shape.hidden_size // gate_up.block_c)
     # Where activations are prepared anyway, summing up the parts costs no launch.
-    wanted = (2 if KINDS[shape.format] == "plain" else 3) * multiprocessors / tiles
+    wanted = (1.5 if KINDS[shape.format] == "plain" else 2.25) * multiprocessors / tiles if block_m < LARGE else 1
     config = Config(
         block_m=block_m,
         gate_up=gate_up,
@@ -135,17 +148,20 @@ def default(
         splits=max(n for n in range(1, min(power_of_two(wanted), max(1, steps // 4), 8) + 1) if steps % n == 0),
         by_pair=alone,
     )
-    return fitting(config, shape, shared_bytes, x_bytes)
+    return fitting(config, shape, limit, x_bytes)
 
 
-def _block_m(shape: Shape, pairs: int, least: int, x_bytes: int) -> int:
+def _block_m(shape: Shape, pairs: int, multiprocessors: int, least: int, x_bytes: int) -> int:
     share = pairs / min(shape.n_slots, pairs)
     # What is unpacked takes long enough for `mma.sync` to keep up, and shared memory to be short: half as high is read
     # half as often.
     least = least if shape.format in PACKED and x_bytes <= 2 else 16
     # With float32 both operands of FP8 are widened in shared memory, which has no room for more.
     most = 128 if shape.format != "fp8_block" else 64 if x_bytes <= 2 else 32
-    return min(power_of_two(share, least), most)
+    # Few slots, as a shared expert alone, have few tiles unless these are low; to unpack numbers again costs more.
+    low = 32 if shape.format in PACKED else least
+    for_all = pairs * (shape.width / 64) / (1.5 * multiprocessors)
+    return min(power_of_two(share, least), most, power_of_two(for_all + 1, low))
 
 
 def accumulators(shape: Shape, block_m: int, rows: int, tiles: Tiles) -> float:
@@ -157,15 +173,36 @@ def accumulators(shape: Shape, block_m: int, rows: int, tiles: Tiles) -> float:
 
 
 def stage_bytes(shape: Shape, block_m: int, rows: int, tiles: Tiles, x_bytes: int = 2) -> float:
-    """Shared memory of one stage: a tile of weights, `rows` to each of its columns, and one of activations."""
+    """Shared memory of one stage: a tile of weights, `rows` to each of its columns, and one of activations.
+
+    Where activations are kept it is a strip of weights, all columns of the inner axis.
+    """
     weight = {"int4_g32": 0.5625, "mxfp4": 0.5313, "fp8_block": 1.0, "fp32": 4.0}.get(shape.format, 2.0)
+    if tiles.strips > 1:
+        return tiles.block_n * weight * kept_columns(shape, tiles)
     return (tiles.block_n * rows * weight + block_m * x_bytes) * tiles.block_c
+
+
+def shared_bytes(shape: Shape, block_m: int, rows: int, tiles: Tiles, x_bytes: int = 2) -> float:
+    """Shared memory of a thread block: its stages, and where it keeps activations these and a tile of the output."""
+    kept = block_m * x_bytes * (kept_columns(shape, tiles) + tiles.block_n) if tiles.strips > 1 else 0
+    return kept + tiles.stages * stage_bytes(shape, block_m, rows, tiles, x_bytes)
+
+
+def kept_columns(shape: Shape, tiles: Tiles) -> int:
+    """Columns of the intermediate in whole steps."""
+    return -(-shape.width // tiles.block_c) * tiles.block_c
 
 
 def misfit(config: Config, format_name: str) -> str | None:
     """Why no kernel of this format has such a configuration; None where one has."""
     if config.by_token and config.by_pair:
         return "by_token and by_pair are two ways to do without a schedule; one of them must be false"
+    if config.gate_up.strips > 1:
+        return "gate_up keeps no activations, so its strips must be 1"
+    if config.down.strips > 1 and (config.by_token or config.down.programs):
+        other = "by_token" if config.by_token else "programs"
+        return f"a program of down keeps one block's activations or walks; with {other} its strips must be 1"
     for half in ("gate_up", "down"):
         tiles: Tiles = getattr(config, half)
         if tiles.tokens_left and format_name in PACKED:
@@ -176,7 +213,7 @@ def misfit(config: Config, format_name: str) -> str | None:
 
 
 def one_by_one(
-    shape: Shape, tokens: int, multiprocessors: int, shared_bytes: int = HOPPER_SHARED_BYTES, x_bytes: int = 2
+    shape: Shape, tokens: int, multiprocessors: int, limit: int = HOPPER_SHARED_BYTES, x_bytes: int = 2
 ) -> Config:
     """A configuration without a schedule, for a few tokens."""
     block_n, step = 32, 128 if shape.format == "fp8_block" else 256
@@ -189,15 +226,16 @@ def one_by_one(
         splits=min(power_of_two(-(-3 * multiprocessors // tiles)), most, 8),
         by_token=True,
     )
-    return fitting(config, shape, shared_bytes, x_bytes)
+    return fitting(config, shape, limit, x_bytes)
 
 
-def fitting(config: Config, shape: Shape, shared_bytes: int, x_bytes: int = 2) -> Config:
-    """This configuration with as many of its stages as there is room for."""
+def fitting(config: Config, shape: Shape, limit: int, x_bytes: int = 2) -> Config:
+    """This configuration with as many of its stages as there is room for: `limit` bytes of a thread block."""
 
     def fit(tiles: Tiles, rows: int) -> Tiles:
-        room = int(shared_bytes // stage_bytes(shape, config.block_m, rows, tiles, x_bytes))
-        return replace(tiles, stages=max(1, min(tiles.stages, room)))
+        fewer = (replace(tiles, stages=stages) for stages in range(tiles.stages, 1, -1))
+        fits = (each for each in fewer if shared_bytes(shape, config.block_m, rows, each, x_bytes) <= limit)
+        return next(fits, replace(tiles, stages=1))
 
     return replace(config, gate_up=fit(config.gate_up, 2), down=fit(config.down, 1))
 
@@ -227,6 +265,21 @@ def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
         Tiles(block_n=32, block_c=128, warps=4, stages=4)
         if rows == 2
         else Tiles(block_n=128, block_c=64, warps=4, stages=3)
+    )
+
+
+def _keeping(shape: Shape, block_m: int, blocks: int, multiprocessors: int) -> Tiles:
+    """Of down, in programs that keep their block's activations: eight to a block, more where `blocks` are few."""
+    block_n = 128 if shape.format in PACKED and block_m <= 16 else 64
+    parts = power_of_two(4 * multiprocessors / blocks, 8)
+    plain = KINDS[shape.format] == "plain"
+    return Tiles(
+        block_n=block_n,
+        block_c=128 if shape.format == "fp8_block" or shape.width < 256 else 256,
+        warps=8 if plain and block_m > LARGE else 4,
+        stages=4 if plain and block_m >= LARGE else 3,
+        tokens_left=shape.format not in PACKED and block_m >= LARGE,
+        strips=-(-shape.hidden_size // (block_n * parts)),
     )
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from loader.kernels.triton_device import await_previous
-from loader.kernels.triton_product import add_product, first_run, no_sum
+from loader.kernels.triton_product import activations, add_product, first_run, no_sum
 from loader.kernels.triton_walk import HALVED, block_of, is_half, place_of
 
 
@@ -38,6 +38,7 @@ def down(
     GROUP: tl.constexpr,
     TOKENS_LEFT: tl.constexpr,
     WALKS: tl.constexpr,
+    STRIPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -46,111 +47,125 @@ def down(
 ):
     """``hidden @ down.T`` times the router's weight, ``(P, D)`` by pair in the dtype of `out`; `combine` sums it up.
 
-    WALKS: a program has neighbouring tiles and walks them in one loop of all their steps, for the few steps of a tile
-    would end before the loads of the next could be under way. Otherwise a tile is a loop of its own, whose products
-    overlap: nothing looks at their sum before its end.
+    STRIPS above 1: a program has one block and as many strips of columns, and keeps the block's activations, of all
+    steps, while tiles of weights pass by. Else WALKS: a program has neighbouring tiles and walks them in one loop of
+    all their steps, for the few steps of a tile would end before the loads of the next could be under way. Otherwise a
+    tile is a loop of its own, whose products overlap: nothing looks at their sum before its end.
     """
     N_TILES: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (F + BLOCK_C - 1) // BLOCK_C
+    EVEN: tl.constexpr = F % BLOCK_C == 0
     HALVES: tl.constexpr = 1 if BLOCK_M >= HALVED and not PAIRWISE else 0
     await_previous(PDL)
     n = P if PAIRWISE else tl.load(n_blocks)
-    n_mine = tl.cdiv(n * N_TILES, tl.num_programs(0))
-    first = tl.program_id(0) * n_mine
-    last = tl.minimum(first + n_mine, n * N_TILES)
-    if WALKS:
-        accumulator = no_sum(BLOCK_N, BLOCK_M, TOKENS_LEFT)
-        for at in range(first * STEPS, last * STEPS):
-            step = at % STEPS
-            b, strip = place_of(at // STEPS, n, N_TILES, GROUP)
-            place_M, pair_M, here_M, d, row_N, scale_row_N = _tile_of_down(
-                b, strip, ids, order, blocks, E, D, F, FORMAT, PAIRWISE, TOKENS_LEFT, BLOCK_M, BLOCK_N, RUN
-            )
-            accumulator = add_product(
-                accumulator,
-                hidden,
-                hidden_scale,
-                place_M.to(tl.int64),
-                here_M,
-                weight,
-                scale,
-                row_N,
-                scale_row_N,
-                step,
-                F,
-                F % BLOCK_C == 0,
-                FORMAT,
-                ASSEMBLY,
-                TOKENS_LEFT,
-                0,
-                D,
-                RUN,
-                BLOCK_C,
-            )
-            if step == STEPS - 1:
-                _store_weighted(
-                    accumulator, bias, row_N, router_weights, pair_M, here_M, out, d, D, BIASED, TOKENS_LEFT
-                )
-                accumulator = no_sum(BLOCK_N, BLOCK_M, TOKENS_LEFT)
-    else:
-        for tile in range(first, last):
-            b, strip = place_of(tile, n, N_TILES, GROUP)
+    if STRIPS > 1:
+        PARTS: tl.constexpr = (N_TILES + STRIPS - 1) // STRIPS
+        b = tl.program_id(0) // PARTS
+        first = tl.program_id(0) % PARTS * STRIPS
+        if b < n:
             halved = is_half(b, blocks, HALVES, BLOCK_M)
             for half in tl.static_range(HALVES + 1):
                 if halved == (half == 1):
                     M: tl.constexpr = BLOCK_M >> half
-                    place_M, pair_M, here_M, d, row_N, scale_row_N = _tile_of_down(
-                        b, strip, ids, order, blocks, E, D, F, FORMAT, PAIRWISE, TOKENS_LEFT, M, BLOCK_N, RUN
-                    )
-                    accumulator = no_sum(BLOCK_N, M, TOKENS_LEFT)
-                    for step in range(STEPS):
-                        accumulator = add_product(
-                            accumulator,
-                            hidden,
-                            hidden_scale,
-                            place_M.to(tl.int64),
-                            here_M,
-                            weight,
-                            scale,
-                            row_N,
-                            scale_row_N,
-                            step,
-                            F,
-                            F % BLOCK_C == 0,
-                            FORMAT,
-                            ASSEMBLY,
-                            TOKENS_LEFT,
-                            0,
-                            D,
-                            RUN,
-                            BLOCK_C,
+                    expert, place_M, pair_M, here_M = block_of(b, ids, order, blocks, E, PAIRWISE, M)
+                    place_M = place_M.to(tl.int64)
+                    kept = ()
+                    for step in tl.static_range(STEPS):
+                        kept += (activations(hidden, hidden_scale, place_M, here_M, step, F, EVEN, FORMAT, BLOCK_C),)
+                    factor_M = _factors(router_weights, pair_M, here_M)
+                    for strip in range(first, tl.minimum(first + STRIPS, N_TILES)):
+                        d, row_N, scale_row_N = _rows_of_down(expert, strip, D, F, FORMAT, TOKENS_LEFT, BLOCK_N, RUN)
+                        accumulator = no_sum(BLOCK_N, M, TOKENS_LEFT)
+                        for step in tl.static_range(STEPS):
+                            accumulator = add_product(
+                                accumulator,
+                                kept[step],
+                                weight,
+                                scale,
+                                row_N,
+                                scale_row_N,
+                                step,
+                                F,
+                                EVEN,
+                                FORMAT,
+                                ASSEMBLY,
+                                TOKENS_LEFT,
+                                0,
+                                D,
+                                RUN,
+                                BLOCK_C,
+                            )
+                        _store_weighted(
+                            accumulator, bias, row_N, factor_M, pair_M, here_M, out, d, D, BIASED, TOKENS_LEFT
                         )
-                    _store_weighted(
-                        accumulator, bias, row_N, router_weights, pair_M, here_M, out, d, D, BIASED, TOKENS_LEFT
-                    )
-
-
-@triton.jit
-def _tile_of_down(
-    b,
-    strip,
-    ids,
-    order,
-    blocks,
-    E,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    FORMAT: tl.constexpr,
-    PAIRWISE: tl.constexpr,
-    TOKENS_LEFT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    RUN: tl.constexpr,
-):
-    """Of a strip of block b: places and pairs of its rows, which are there, and `_rows_of_down`."""
-    expert, place_M, pair_M, here_M = block_of(b, ids, order, blocks, E, PAIRWISE, BLOCK_M)
-    d, row_N, scale_row_N = _rows_of_down(expert, strip, D, F, FORMAT, TOKENS_LEFT, BLOCK_N, RUN)
-    return place_M, pair_M, here_M, d, row_N, scale_row_N
+    else:
+        n_mine = tl.cdiv(n * N_TILES, tl.num_programs(0))
+        first = tl.program_id(0) * n_mine
+        last = tl.minimum(first + n_mine, n * N_TILES)
+        if WALKS:
+            accumulator = no_sum(BLOCK_N, BLOCK_M, TOKENS_LEFT)
+            for at in range(first * STEPS, last * STEPS):
+                step = at % STEPS
+                b, strip = place_of(at // STEPS, n, N_TILES, GROUP)
+                expert, place_M, pair_M, here_M = block_of(b, ids, order, blocks, E, PAIRWISE, BLOCK_M)
+                place_M = place_M.to(tl.int64)
+                d, row_N, scale_row_N = _rows_of_down(expert, strip, D, F, FORMAT, TOKENS_LEFT, BLOCK_N, RUN)
+                accumulator = add_product(
+                    accumulator,
+                    activations(hidden, hidden_scale, place_M, here_M, step, F, EVEN, FORMAT, BLOCK_C),
+                    weight,
+                    scale,
+                    row_N,
+                    scale_row_N,
+                    step,
+                    F,
+                    EVEN,
+                    FORMAT,
+                    ASSEMBLY,
+                    TOKENS_LEFT,
+                    0,
+                    D,
+                    RUN,
+                    BLOCK_C,
+                )
+                if step == STEPS - 1:
+                    factor_M = _factors(router_weights, pair_M, here_M)
+                    _store_weighted(accumulator, bias, row_N, factor_M, pair_M, here_M, out, d, D, BIASED, TOKENS_LEFT)
+                    accumulator = no_sum(BLOCK_N, BLOCK_M, TOKENS_LEFT)
+        else:
+            for tile in range(first, last):
+                b, strip = place_of(tile, n, N_TILES, GROUP)
+                halved = is_half(b, blocks, HALVES, BLOCK_M)
+                for half in tl.static_range(HALVES + 1):
+                    if halved == (half == 1):
+                        M: tl.constexpr = BLOCK_M >> half
+                        expert, place_M, pair_M, here_M = block_of(b, ids, order, blocks, E, PAIRWISE, M)
+                        place_M = place_M.to(tl.int64)
+                        d, row_N, scale_row_N = _rows_of_down(expert, strip, D, F, FORMAT, TOKENS_LEFT, BLOCK_N, RUN)
+                        accumulator = no_sum(BLOCK_N, M, TOKENS_LEFT)
+                        for step in range(STEPS):
+                            accumulator = add_product(
+                                accumulator,
+                                activations(hidden, hidden_scale, place_M, here_M, step, F, EVEN, FORMAT, BLOCK_C),
+                                weight,
+                                scale,
+                                row_N,
+                                scale_row_N,
+                                step,
+                                F,
+                                EVEN,
+                                FORMAT,
+                                ASSEMBLY,
+                                TOKENS_LEFT,
+                                0,
+                                D,
+                                RUN,
+                                BLOCK_C,
+                            )
+                        factor_M = _factors(router_weights, pair_M, here_M)
+                        _store_weighted(
+                            accumulator, bias, row_N, factor_M, pair_M, here_M, out, d, D, BIASED, TOKENS_LEFT
+                        )
 
 
 @triton.jit
@@ -180,11 +195,16 @@ def _rows_of_down(
 
 
 @triton.jit
+def _factors(router_weights, pair_M, here_M):
+    return tl.load(router_weights + pair_M, mask=here_M, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _store_weighted(
     y,
     bias,
     row_N,
-    router_weights,
+    factor_M,
     pair_M,
     here_M,
     out,
@@ -196,7 +216,7 @@ def _store_weighted(
     y_MN = y if TOKENS_LEFT else y.T
     if BIASED:
         y_MN += tl.load(bias + row_N).to(tl.float32)[None, :]
-    y_MN *= tl.load(router_weights + pair_M, mask=here_M, other=0.0).to(tl.float32)[:, None]
+    y_MN *= factor_M[:, None]
     mask = here_M[:, None] & (d[None, :] < D)
     tl.store(out + pair_M[:, None].to(tl.int64) * D + d[None, :], y_MN.to(out.dtype.element_ty), mask=mask)
 
@@ -229,6 +249,7 @@ def down_by_token(
     `hidden` is by pair. An expert that several tokens chose is read for each of them, from the cache if all goes well.
     """
     STEPS: tl.constexpr = (F + BLOCK_C - 1) // BLOCK_C
+    EVEN: tl.constexpr = F % BLOCK_C == 0
     await_previous(PDL)
     token = tl.program_id(1)
     first_M = tl.arange(0, BLOCK_M) == 0
@@ -240,20 +261,18 @@ def down_by_token(
         known = (expert >= 0) & (expert < E)
         expert = tl.where(known, expert, 0)
         factor = tl.load(router_weights + pair).to(tl.float32)
+        place_M = (pair + tl.arange(0, BLOCK_M)).to(tl.int64)
         _, row_N, scale_row_N = _rows_of_down(expert, tl.program_id(0), D, F, FORMAT, False, BLOCK_N, RUN)
         part = add_product(
             tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32),
-            hidden,
-            hidden_scale,
-            (pair + tl.arange(0, BLOCK_M)).to(tl.int64),
-            first_M,
+            activations(hidden, hidden_scale, place_M, first_M, step, F, EVEN, FORMAT, BLOCK_C),
             weight,
             scale,
             row_N,
             scale_row_N,
             step,
             F,
-            F % BLOCK_C == 0,
+            EVEN,
             FORMAT,
             ASSEMBLY,
             False,

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from loader.kernels.triton_device import await_previous
 from loader.kernels.triton_prepare import gated
-from loader.kernels.triton_product import HALF_RUN, add_product, first_run, no_sum
+from loader.kernels.triton_product import HALF_RUN, activations, add_product, first_run, no_sum
 from loader.kernels.triton_walk import HALVED, block_of, is_half, place_of
 
 
@@ -155,6 +155,7 @@ def _tile_of_gate_up(
     """Of block b the columns from `begin_n` on, or the part of them that is `split`."""
     STREAMED: tl.constexpr = (FORMAT == "int4_g32" or FORMAT == "mxfp4") and SPLITS == 1
     STEPS: tl.constexpr = ((D + BLOCK_C - 1) // BLOCK_C + SPLITS - 1) // SPLITS
+    EVEN: tl.constexpr = D % (BLOCK_C * SPLITS) == 0
     expert, place_M, pair_M, here_M = block_of(b, ids, order, blocks, E, PAIRWISE, BLOCK_M)
     r = tl.arange(0, 2 * BLOCK_N)
     # Rows beyond F are computed as the last one and never stored.
@@ -171,21 +172,19 @@ def _tile_of_gate_up(
         scale_row_N = (expert.to(tl.int64) * 2 + half_N) * UP + f_N // 128
     elif FORMAT == "int4_g32" or FORMAT == "mxfp4":
         scale_row_N = first_run(expert, half_N * F + f_N, 2 * F, D, RUN)
+    token_M = (pair_M // K).to(tl.int64)
     accumulator = no_sum(2 * BLOCK_N, BLOCK_M, TOKENS_LEFT)
     for step in range(split * STEPS, (split + 1) * STEPS):
         accumulator = add_product(
             accumulator,
-            x,
-            x_scale,
-            (pair_M // K).to(tl.int64),
-            here_M,
+            activations(x, x_scale, token_M, here_M, step, D, EVEN, FORMAT, BLOCK_C),
             weight,
             scale,
             row_N,
             scale_row_N,
             step,
             D,
-            D % (BLOCK_C * SPLITS) == 0,
+            EVEN,
             FORMAT,
             ASSEMBLY,
             TOKENS_LEFT,

@@ -27,7 +27,7 @@ from loader.kernels.triton_device import capability, is_nvidia, overlapping
 from loader.kernels.triton_down import combine, down, down_by_token
 from loader.kernels.triton_gate_up import gate_up
 from loader.kernels.triton_prepare import prepare
-from loader.kernels.triton_schedule import count_pairs, schedule_small, sort_pairs
+from loader.kernels.triton_schedule import count_pairs, schedule_small, sort_pairs, sum_counts
 
 SMALL = 256
 """Pairs up to which one program makes the whole schedule."""
@@ -177,10 +177,10 @@ class _Call:
         fp8 = self.form == "fp8"
         out = torch.empty(count, columns, dtype=torch.float8_e4m3fn if fp8 else self.dtype, device=rows.device)
         scales = torch.empty(count, -(-columns // 128), dtype=torch.float32, device=rows.device) if fp8 else out
-        block = min(power_of_two(columns, 128), 1024)
+        block, at_once = _of_prepare(count, columns)
         self.experts.launch(
             prepare,
-            (count, -(-columns // block)),
+            (-(-count // at_once), -(-columns // block)),
             rows,
             out,
             scales,
@@ -188,13 +188,14 @@ class _Call:
             COLUMNS=columns,
             FORM=self.form,
             SPLITS=splits,
+            ROWS=at_once,
             BLOCK=block,
             **self.experts.activation,
         )
         return out, scales
 
     def schedule(self) -> _Schedule:
-        """Sort the pairs by expert: one launch where they are few, else two."""
+        """Sort the pairs by expert: one launch where they are few, else three."""
         ids, router, n_slots, block_m = self.ids, self.router, self.experts.n_slots, self.config.block_m
         made = _Schedule(ids, n_slots, block_m)
         if self.pairs <= SMALL:
@@ -219,9 +220,13 @@ class _Call:
         experts, (least, most) = power_of_two(n_slots + 1), CHUNKS
         chunk = min(power_of_two(self.pairs // 256, least), most)
         chunks = -(-self.pairs // chunk)
-        counts = torch.empty(chunks, experts, dtype=torch.int32, device=ids.device)
+        counts = torch.empty(chunks + 1, experts, dtype=torch.int32, device=ids.device)
         sizes = {"EXPERTS": experts, "CHUNK": chunk}
         self.experts.launch(count_pairs, (chunks,), ids, router, counts, self.pairs, n_slots, **sizes)
+        columns = min(experts, 16)
+        self.experts.launch(
+            sum_counts, (experts // columns,), counts, chunks, EXPERTS=experts, ROWS=64, COLUMNS=columns
+        )
         self.experts.launch(
             sort_pairs,
             (chunks,),
@@ -234,7 +239,6 @@ class _Call:
             self.pairs,
             n_slots,
             chunks,
-            ROWS=32 if chunk == most else 16,
             COLUMNS=16 if chunk == most else 32,
             BLOCK_M=block_m,
             num_warps=16 if chunk == most else 8,
@@ -282,7 +286,7 @@ class _Call:
         n_blocks, walked = self._walked(schedule)
         e.launch(
             down,
-            self._grid(n_blocks * -(-e.hidden_size // t.block_n), t),
+            self._grid(n_blocks * -(-e.hidden_size // (t.block_n * t.strips)), t),
             *hidden,
             e.w2,
             e.scale2,
@@ -296,6 +300,7 @@ class _Call:
             GROUP=t.group,
             TOKENS_LEFT=t.tokens_left,
             WALKS=t.programs > 0,
+            STRIPS=t.strips,
             BIASED=e.bias2 is not None,
             **self._common(t, e.scale2),
         )
@@ -347,6 +352,13 @@ class _Call:
     def _grid(self, n: int, tiles: Tiles) -> tuple[int]:
         programs = tiles.programs * multiprocessors(self.x.device)
         return (min(n, programs) if programs else n,)
+
+
+def _of_prepare(count: int, columns: int) -> tuple[int, int]:
+    """Columns and rows of a program of `prepare`: 4096 numbers, or where there are few at most 1024 of one row."""
+    many = count * columns >= 1 << 20
+    block = min(power_of_two(columns, 128), 4096 if many else 1024)
+    return block, 4096 // block if many else 1
 
 
 class _Schedule:

@@ -45,10 +45,11 @@ def prepare(
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     UP_OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """Rows ``(P, COLUMNS)`` in the form that a product reads, into `out`.
+    """Rows ``(P, COLUMNS)`` in the form that a product reads, into `out`; a program has BLOCK columns of ROWS of them.
 
     With SPLITS, `source` is what a split `gate_up` left, float32 ``(SPLITS, P, 2 * COLUMNS)``, summed up and gated
     here; with 0 it has the rows themselves. FORM: ``plain``; ``streams``, every fourth column from 0 on, then from 1 on
@@ -56,13 +57,14 @@ def prepare(
     `scales` ``(P, COLUMNS / 128)``, as DeepSeek-V3 computes (arXiv 2412.19437, section 3.3).
     """
     await_previous(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    here = c < COLUMNS
+    row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    begin = tl.program_id(1) * BLOCK
+    c = begin + tl.arange(0, BLOCK)
+    here = (row_R < P)[:, None] & (c < COLUMNS)[None, :]
     if SPLITS == 0:
-        value = tl.load(source + row * COLUMNS + c, mask=here, other=0.0)
+        value = tl.load(source + row_R[:, None] * COLUMNS + c[None, :], mask=here, other=0.0)
     else:
-        at = source + row * (2 * COLUMNS) + c
+        at = source + row_R[:, None] * (2 * COLUMNS) + c[None, :]
         gate = tl.load(at, mask=here, other=0.0)
         up = tl.load(at + COLUMNS, mask=here, other=0.0)
         for split in tl.static_range(1, SPLITS):
@@ -71,12 +73,21 @@ def prepare(
             up += tl.load(part + COLUMNS, mask=here, other=0.0)
         value = tl.where(here, gated(gate, up, LIMIT, ALPHA, UP_OFFSET), 0.0)
     if FORM == "fp8":
-        wide = value.to(tl.float32).reshape(BLOCK // 128, 128)
-        scale = tl.maximum(tl.max(tl.abs(wide), 1), 1e-10) / E4M3_MAX
-        value = _fit_for_e4m3((wide / scale[:, None]).reshape(BLOCK))
-        b = tl.program_id(1) * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
         BLOCKS: tl.constexpr = (COLUMNS + 127) // 128
-        tl.store(scales + row * BLOCKS + b, scale, mask=b < BLOCKS)
+        wide = value.to(tl.float32).reshape(ROWS, BLOCK // 128, 128)
+        scale = tl.maximum(tl.max(tl.abs(wide), 2), 1e-10) / E4M3_MAX
+        value = _fit_for_e4m3((wide / scale[:, :, None]).reshape(ROWS, BLOCK))
+        b = begin // 128 + tl.arange(0, BLOCK // 128)
+        inside = (row_R < P)[:, None] & (b < BLOCKS)[None, :]
+        tl.store(scales + row_R[:, None] * BLOCKS + b[None, :], scale, mask=inside)
     if FORM == "streams":
-        c = c % 4 * (COLUMNS // 4) + c // 4
-    tl.store(out + row * COLUMNS + c, value.to(out.dtype.element_ty), mask=here)
+        # Stream by stream, so that a thread writes what lies side by side.
+        QUADS: tl.constexpr = COLUMNS // 4
+        value = value.reshape(ROWS, BLOCK // 4, 4).permute(0, 2, 1).reshape(ROWS * 4, BLOCK // 4)
+        stream = tl.arange(0, ROWS * 4)
+        q = begin // 4 + tl.arange(0, BLOCK // 4)
+        row = tl.program_id(0).to(tl.int64) * ROWS + stream // 4
+        at = out + (row * COLUMNS + stream % 4 * QUADS)[:, None] + q[None, :]
+        tl.store(at, value.to(out.dtype.element_ty), mask=(row < P)[:, None] & (q < QUADS)[None, :])
+    else:
+        tl.store(out + row_R[:, None] * COLUMNS + c[None, :], value.to(out.dtype.element_ty), mask=here)

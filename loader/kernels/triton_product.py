@@ -50,12 +50,51 @@ def no_sum(N: tl.constexpr, M: tl.constexpr, TOKENS_LEFT: tl.constexpr):
 
 
 @triton.jit
-def add_product(
-    accumulator,
+def activations(
     x,
     x_scale,
     place_M,
     here_M,
+    step,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    FORMAT: tl.constexpr,
+    C: tl.constexpr,
+):
+    """C columns of a block of x, of COLUMNS, from ``step * C`` on, as `add_product` takes them.
+
+    `place` are rows of x ``(M,)``, 0 where they are not `here_M`; EVEN: no step goes beyond COLUMNS. FORMAT: ``plain``
+    numbers, one tile ``(M, C)``; ``fp8_block``, with a factor of each row from `x_scale`, which has one to 128 columns
+    (float32 numbers have none); ``int4_g32`` or ``mxfp4``, for which x lies by streams (`prepare`), so that each is
+    copied to shared memory as it lies: four tiles ``(M, C / 4)``.
+    """
+    if FORMAT == "plain" or FORMAT == "fp8_block":
+        c = step * C + tl.arange(0, C)
+        inside = here_M[:, None] if EVEN else here_M[:, None] & (c[None, :] < COLUMNS)
+        x_MC = tl.load(x + place_M[:, None] * COLUMNS + c[None, :], mask=inside, other=0.0)
+        if FORMAT == "plain" or x_MC.dtype == tl.float32:
+            return (x_MC,)
+        else:
+            BLOCKS: tl.constexpr = (COLUMNS + 127) // 128
+            inside_M = here_M if EVEN else here_M & (step < BLOCKS)
+            return x_MC, tl.load(x_scale + place_M * BLOCKS + step, mask=inside_M, other=0.0)
+    else:
+        QUADS: tl.constexpr = COLUMNS // 4
+        q = step * (C // 4) + tl.arange(0, C // 4)
+        at = x + place_M[:, None] * COLUMNS + q[None, :]
+        inside = here_M[:, None] if EVEN else here_M[:, None] & (q[None, :] < QUADS)
+        return (
+            tl.load(at, mask=inside, other=0.0),
+            tl.load(at + QUADS, mask=inside, other=0.0),
+            tl.load(at + 2 * QUADS, mask=inside, other=0.0),
+            tl.load(at + 3 * QUADS, mask=inside, other=0.0),
+        )
+
+
+@triton.jit
+def add_product(
+    accumulator,
+    x,
     weight,
     scale,
     row_N,
@@ -73,24 +112,19 @@ def add_product(
 ):
     """``accumulator + weight[row, c] @ x[place, c].T`` over C columns c from ``step * C`` on, of matrices of COLUMNS.
 
-    With TOKENS_LEFT the accumulator is transposed. `place` are rows of x ``(M,)``, 0 where they are not `here_M`; EVEN:
-    no step goes beyond COLUMNS. `scale_row_N` are the rows of scales that rows of weights have, with TOKENS_LEFT one
-    for all, and one for those of up, where UP is not 0, as many rows further on. FORMAT: ``plain``
-    numbers of the dtype of x; ``fp8_block``, for which x is FP8 with an `x_scale` to 128 columns, or float32 without;
-    ``int4_g32`` or ``mxfp4``, for which x lies by streams (`prepare`), so that each is copied to shared memory as it
-    lies, and scales by RUN groups of each of a matrix's ROWS (`loader.runs`; GROUPS of them where they lie by rows).
-    `scale_row_N` is the first run of each row then.
+    `x` are the `activations` of that step. With TOKENS_LEFT the accumulator is transposed. `scale_row_N` are the rows
+    of scales that rows of weights have, with TOKENS_LEFT one for all, and one for those of up, where UP is not 0, as
+    many rows further on. Packed formats have scales by RUN groups of each of a matrix's ROWS (`loader.runs`; GROUPS of
+    them where they lie by rows), and `scale_row_N` is the first run of each row then.
     """
-    M: tl.constexpr = place_M.shape[0]
+    M: tl.constexpr = x[0].shape[0]
     N: tl.constexpr = row_N.shape[0]
     if FORMAT == "plain" or FORMAT == "fp8_block":
         c = step * C + tl.arange(0, C)
-        inside = here_M[:, None] if EVEN else here_M[:, None] & (c[None, :] < COLUMNS)
-        x_MC = tl.load(x + place_M[:, None] * COLUMNS + c[None, :], mask=inside, other=0.0)
         w_at = weight + row_N[:, None] * COLUMNS + c[None, :]
         w_NC = tl.load(w_at) if EVEN else tl.load(w_at, mask=c[None, :] < COLUMNS, other=0.0)
         if FORMAT == "plain":
-            return _product(w_NC.to(x_MC.dtype), x_MC, accumulator, TOKENS_LEFT)
+            return _product(w_NC.to(x[0].dtype), x[0], accumulator, TOKENS_LEFT)
         else:
             tl.static_assert(C == 128, "a step of fp8_block is one block of 128 columns")
             BLOCKS: tl.constexpr = (COLUMNS + 127) // 128
@@ -102,17 +136,16 @@ def add_product(
             elif TOKENS_LEFT:
                 scale_N = tl.full((N,), 1.0, dtype=tl.float32) * scale_N
             zero = no_sum(N, M, TOKENS_LEFT)
-            if x_MC.dtype == tl.float32:
-                part = _product(w_NC.to(tl.float32), x_MC, zero, TOKENS_LEFT)
+            if x[0].dtype == tl.float32:
+                part = _product(w_NC.to(tl.float32), x[0], zero, TOKENS_LEFT)
                 return accumulator + part * (scale_N[None, :] if TOKENS_LEFT else scale_N[:, None])
             else:
-                x_scale_M = tl.load(x_scale + place_M * BLOCKS + step, mask=here_M & (step < BLOCKS), other=0.0)
                 # Scales are multiplied after the product, so that they take no registers in it.
-                part = _product(w_NC, x_MC, zero, TOKENS_LEFT)
+                part = _product(w_NC, x[0], zero, TOKENS_LEFT)
                 if TOKENS_LEFT:
-                    return accumulator + part * (x_scale_M[:, None] * scale_N[None, :])
+                    return accumulator + part * (x[1][:, None] * scale_N[None, :])
                 else:
-                    return accumulator + part * (scale_N[:, None] * x_scale_M[None, :])
+                    return accumulator + part * (scale_N[:, None] * x[1][None, :])
     else:
         QUADS: tl.constexpr = COLUMNS // 4
         GROUPS: tl.constexpr = COLUMNS // 32
@@ -125,20 +158,14 @@ def add_product(
             s_at = scale + scale_row_N[:, None] * RUN + (g // RUN * (ROWS * RUN) + g % RUN)[None, :]
         quads = tl.load(w_at) if EVEN else tl.load(w_at, mask=q[None, :] < QUADS, other=0)
         group = tl.load(s_at) if EVEN else tl.load(s_at, mask=g[None, :] < GROUPS, other=0)
-        at = x + place_M[:, None] * COLUMNS + q[None, :]
-        inside = here_M[:, None] if EVEN else here_M[:, None] & (q[None, :] < QUADS)
-        x0 = tl.load(at, mask=inside, other=0.0)
-        x1 = tl.load(at + QUADS, mask=inside, other=0.0)
-        x2 = tl.load(at + 2 * QUADS, mask=inside, other=0.0)
-        x3 = tl.load(at + 3 * QUADS, mask=inside, other=0.0)
         factor = factors(group, FORMAT, ASSEMBLY)
         spread = tl.broadcast_to(factor[:, :, None], (N, C // 32, 8)).reshape(N, C // 4)
-        w0, w1, w2, w3 = streams(quads, spread, FORMAT, x.dtype.element_ty, ASSEMBLY)
+        w0, w1, w2, w3 = streams(quads, spread, FORMAT, x[0].dtype, ASSEMBLY)
         tl.static_assert(not TOKENS_LEFT, "what is unpacked in registers is the left operand")
-        accumulator = dot(w0, x0.T, accumulator)
-        accumulator = dot(w1, x1.T, accumulator)
-        accumulator = dot(w2, x2.T, accumulator)
-        return dot(w3, x3.T, accumulator)
+        accumulator = dot(w0, x[0].T, accumulator)
+        accumulator = dot(w1, x[1].T, accumulator)
+        accumulator = dot(w2, x[2].T, accumulator)
+        return dot(w3, x[3].T, accumulator)
 
 
 @triton.jit

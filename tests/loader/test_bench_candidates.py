@@ -40,8 +40,12 @@ def require_valid(shape: Shape, configs: list[Config]) -> None:
 
 
 def staged_bytes(shape: Shape, block_m: int, rows: int, cut: Tiles) -> int:
-    """What the stages of one product keep in shared memory: weights as they are stored, and bf16 tokens."""
-    return cut.stages * cut.block_c * (rows * WEIGHT_BITS[shape.format] + block_m * 16) // 8
+    """What one product has in shared memory: weights as they are stored and bf16 tokens, of its stages or kept."""
+    weights, tokens = rows * WEIGHT_BITS[shape.format], block_m * 16
+    if cut.strips > 1:
+        columns = -(-shape.width // cut.block_c) * cut.block_c
+        return columns * (cut.stages * weights + tokens) // 8
+    return cut.stages * cut.block_c * (weights + tokens) // 8
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -87,10 +91,22 @@ def test_of_large_blocks_the_tiles_that_move_the_fewest_bytes_are_among_those_tr
     some = some_tiles(shape, config, half, 8, random.Random(0))
     assert len(set(some)) == 8
     assert set(some) <= set(found)
-    widest = max(one.block_n for one in found)
-    assert [one.block_n for one in some[:4]] == [widest] * 4
+    if half == "down":  # what keeps its activations moves weights alone
+        assert min(one.strips for one in some[:4]) > 1
+    else:
+        assert {one.block_n for one in some[:4]} == {max(one.block_n for one in found)}
     assert len({one.block_n for one in some}) > 1
     assert set(some_tiles(shape, config, half, 10**6, random.Random(0))) == set(found)
+
+
+def test_activations_are_kept_where_they_are_few() -> None:
+    for tp_size, expected in ((8, True), (1, False)):
+        shape = Model.of("kimi-k2.5", "int4_g32", tp_size).shape
+        for tokens in (16, 4096):
+            config = default(shape, tokens, 132)
+            assert (config.down.strips > 1) is expected
+            assert any(one.strips > 1 for one in tiles(shape, config, "down")) is expected
+            assert {one.strips for one in tiles(shape, config, "gate_up")} == {1}
 
 
 def test_packed_formats_are_never_the_right_operand() -> None:

@@ -37,11 +37,11 @@ def layer() -> Any:
     return triton_layer
 
 
-def small_tiles(format_name: str, *, walked: int = 0, left: bool = False, **other: Any) -> Config:
+def small_tiles(format_name: str, *, walked: int = 0, strips: int = 1, left: bool = False, **other: Any) -> Config:
     step = 128 if format_name != "bf16" else 32
     left = left and format_name not in PACKED
     tiles = Tiles(block_n=16, block_c=step, warps=4, stages=2, programs=walked, tokens_left=left)
-    return replace(Config(block_m=16, gate_up=tiles, down=tiles), **other)
+    return replace(Config(block_m=16, gate_up=tiles, down=replace(tiles, strips=strips)), **other)
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -69,6 +69,10 @@ CONFIGS = [
     {"left": True, "walked": 1, "splits": 2},
     {"block_m": 128},
     {"block_m": 128, "left": True},
+    {"strips": 3},
+    {"strips": 2, "block_m": 8},
+    {"strips": 100, "by_pair": True},
+    {"strips": 2, "block_m": 128, "left": True},
 ]
 WAYS = [{"by_token": True}, {"by_token": True, "splits": 2}, {"by_pair": True, "splits": 2}, {"splits": 3}, {}]
 """Each way to walk a layer, with and without parts."""
@@ -145,19 +149,19 @@ def test_the_kernels_compute_what_the_reference_does(layer: Any, call: dict[str,
 
 
 @pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize("walked", [0, 1])
-def test_blocks_of_128_that_are_full_and_half_empty(layer: Any, left: bool, walked: int) -> None:
+@pytest.mark.parametrize("way", [{}, {"walked": 1}, {"strips": 2}])
+def test_blocks_of_128_that_are_full_and_half_empty(layer: Any, left: bool, way: dict[str, Any]) -> None:
     experts = stack("bf16", slots=2, hidden=48, width=32)
     call = {"seed": 8, "tokens": 170, "slots": 2, "top_k": 1, "hidden": 48, "routing": "random", "dropped": False}
     x, weights, ids = routed(call)
     ids[:150], ids[150:] = 0, 1  # a whole block and 22 pairs; 20 pairs
-    config = small_tiles("bf16", block_m=128, left=left, walked=walked)
+    config = small_tiles("bf16", block_m=128, left=left, **way)
     actual = layer.TritonExperts(experts)(x, weights, ids, config=config)
     assert relative(actual, eager(x, weights, ids, experts)) <= TOLERANCES[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("config", [{}, {"left": True}, {"left": True, "walked": 1}])
+@pytest.mark.parametrize("config", [{}, {"left": True}, {"left": True, "walked": 1}, {"left": True, "strips": 5}])
 def test_rows_of_several_blocks_have_their_own_scales(layer: Any, config: dict[str, Any], dtype: torch.dtype) -> None:
     """Of gate and up, and of down, whose last block is no whole one."""
     experts = stack("fp8_block", slots=3, hidden=272, width=208, seed=7)
@@ -189,7 +193,13 @@ def test_the_configuration_by_counting_is_right_too(layer: Any, format_name: str
 @pytest.mark.parametrize("sizes", [(768, 64), (64, 768)], ids=["gate_up", "down"])
 @pytest.mark.parametrize(
     ("config", "step"),
-    [({"by_token": True}, 128), ({"by_pair": True, "splits": 2}, 256), ({"walked": 1}, 512), ({"block_m": 8}, 256)],
+    [
+        ({"by_token": True}, 128),
+        ({"by_pair": True, "splits": 2}, 256),
+        ({"walked": 1}, 512),
+        ({"block_m": 8}, 256),
+        ({"strips": 2}, 256),
+    ],
 )
 @pytest.mark.parametrize("format_name", sorted(PACKED))
 def test_scales_in_runs_give_bit_for_bit_what_scales_by_rows_do(
@@ -319,7 +329,7 @@ def test_formats_and_activations_that_the_kernels_do_not_have(layer: Any) -> Non
     block_m=st.sampled_from([8, 16, 32, 64, 128]),
     routing=st.sampled_from(["random", "crowded", "same"]),
     dropped=st.booleans(),
-    chunks=st.sampled_from([(128, 512), (512, 512)]),
+    chunks=st.sampled_from([(4, 4), (128, 512), (512, 512)]),
     seed=st.integers(0, 99),
 )
 def test_a_schedule_has_every_pair_once_in_blocks_of_one_expert(

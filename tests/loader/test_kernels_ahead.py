@@ -78,7 +78,7 @@ def test_the_configuration_by_counting_compiles_and_fits(ahead: Any, arch: str, 
     for dtype in (torch.bfloat16, torch.float32) if arch == "sm90" else (torch.bfloat16,):
         config = counted(shape, MOST, arch, x_bytes=dtype.itemsize)
         launches += ahead.launches_of(shape, MOST, config, arch, dtype)
-    schedules = {"schedule_small", "count_pairs", "sort_pairs"}
+    schedules = {"schedule_small", "count_pairs", "sum_counts", "sort_pairs"}
     assert require_fitting(launches, arch) >= {*schedules, "prepare", "gate_up", "down", "down_by_token", "combine"}
 
 

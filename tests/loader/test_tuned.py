@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 
 from loader.errors import TableError
 from loader.kernels import tuned
-from loader.kernels.configs import Config, Shape, Tiles, default, misfit
+from loader.kernels.configs import HOPPER_SHARED_BYTES, PACKED, Config, Shape, Tiles, default, misfit, shared_bytes
 from loader.kernels.tuned import Measured, Table, file_name, find_table, read_table
 
 SHAPE = Shape(format="int4_g32", n_slots=385, hidden_size=7168, width=256, top_k=9)
@@ -69,6 +69,45 @@ def test_pair_by_pair_is_not_stretched_to_more_tokens_than_were_timed() -> None:
 def test_a_configuration_goes_without_a_schedule_in_one_way() -> None:
     assert misfit(Config(block_m=16, gate_up=TILES, down=TILES, by_token=True, by_pair=True), "bf16")
     assert not misfit(Config(block_m=16, gate_up=TILES, down=TILES, by_pair=True), "bf16")
+
+
+def test_a_program_of_down_alone_keeps_activations_and_has_nothing_else() -> None:
+    kept = replace(TILES, strips=4)
+    assert not misfit(Config(block_m=16, gate_up=TILES, down=kept, by_pair=True), "bf16")
+    assert misfit(Config(block_m=16, gate_up=kept, down=TILES), "bf16") == (
+        "gate_up keeps no activations, so its strips must be 1"
+    )
+    assert "with by_token its strips must be 1" in str(
+        misfit(Config(block_m=16, gate_up=TILES, down=kept, by_token=True), "bf16")
+    )
+    assert "with programs its strips must be 1" in str(
+        misfit(Config(block_m=16, gate_up=TILES, down=replace(kept, programs=4)), "bf16")
+    )
+
+
+@pytest.mark.parametrize(("width", "kept"), [(96, True), (256, True), (512, True), (768, False)])
+@pytest.mark.parametrize("format_name", ["bf16", "fp8_block", "int4_g32", "mxfp4", "fp32"])
+def test_activations_are_kept_where_they_and_two_stages_fit(format_name: str, width: int, kept: bool) -> None:
+    shape = replace(SHAPE, format=format_name, width=width)
+    for tokens in (16, 64, 1024, 4096):
+        for limit in (64 << 10, 160 << 10, HOPPER_SHARED_BYTES):
+            config = default(shape, tokens, 132, limit)
+            if config.down.strips > 1:
+                assert kept and config.down.stages >= 2
+                assert shared_bytes(shape, config.block_m, 1, config.down) <= limit
+    if format_name in PACKED and kept:
+        assert default(shape, 64, 132).down.strips > 1
+
+
+@pytest.mark.parametrize(
+    ("format_name", "tokens", "block_m", "splits"),
+    [("bf16", 64, 16, 8), ("bf16", 1024, 32, 1), ("bf16", 4096, 128, 1), ("int4_g32", 64, 32, 7),
+     ("int4_g32", 8, 8, 7), ("fp8_block", 4096, 64, 1)],
+)  # fmt: skip
+def test_one_slot_is_cut_low_enough_for_the_device(format_name: str, tokens: int, block_m: int, splits: int) -> None:
+    """A shared expert on its own has all tokens, and few tiles; large blocks have no parts, whose sums are float32."""
+    config = default(replace(SHAPE, format=format_name).shared(1), tokens, 132)
+    assert (config.block_m, config.splits) == (block_m, splits)
 
 
 @pytest.mark.parametrize(
