@@ -11,7 +11,6 @@ from loader.kernels.configs import (
     BY_TOKEN,
     HOPPER_SHARED_BYTES,
     LARGE,
-    MOST_KEPT,
     PACKED,
     Config,
     Shape,
@@ -53,10 +52,12 @@ def _skeletons(shape: Shape, tokens: int, multiprocessors: int) -> Iterator[Conf
             for splits in dict.fromkeys((pairwise.splits, 4, 2)):
                 yield replace(pairwise, splits=splits)
     share = tokens * shape.top_k / shape.n_slots
+    # Few slots are counted with lower blocks than their share.
+    least = min(share, 4 * default(shape, tokens, multiprocessors).block_m) / 8
     heights = [
         default(shape, tokens, multiprocessors, block_m=block_m)
         for block_m in (8, 16, 32, 64, 128)
-        if block_m <= max(16, 4 * share) and block_m * 8 >= share
+        if least <= block_m <= max(16, 4 * share)
     ]
     yield from heights
     for one in heights:
@@ -69,11 +70,10 @@ def _skeletons(shape: Shape, tokens: int, multiprocessors: int) -> Iterator[Conf
 
 def tiles(shape: Shape, config: Config, half: str) -> list[Tiles]:
     """Tiles for gate_up or down of a skeleton that fit shared memory."""
-    packed = shape.format in PACKED
     inner = shape.hidden_size // config.splits if half == "gate_up" else shape.width
     rows = 2 if half == "gate_up" else 1
     large = config.block_m >= LARGE
-    steps = [128] if shape.format == "fp8_block" else [128, 256, 512] if packed else [64, 128, 256]
+    steps = [128] if shape.format == "fp8_block" else [128, 256, 512] if shape.format in PACKED else [64, 128, 256]
     found = []
     for block_n in (16, 32, 64, 128, 256):
         if not 32 <= block_n * rows <= 256 or (large and block_n * rows < 64):
@@ -81,40 +81,38 @@ def tiles(shape: Shape, config: Config, half: str) -> list[Tiles]:
         for step in steps:
             if step > max(inner, 64) and step != steps[0]:
                 continue
-            for stages in (2, 3, 4, 5):
-                for warps in (4, 8):
-                    if warps == 8 and block_n * rows < 128:
-                        continue
-                    one = Tiles(block_n=block_n, block_c=step, warps=warps, stages=stages)
-                    if accumulators(shape, config.block_m, rows, one) > MOST_ACCUMULATORS:
-                        continue
-                    if half == "down" and shape.width <= MOST_KEPT:
-                        found += _keeping(shape, config, one)
-                    if shared_bytes(shape, config.block_m, rows, one) > HOPPER_SHARED_BYTES:
-                        continue
-                    if not large:
-                        found += [replace(one, programs=p) for p in ((0, 4) if half == "down" else (0,))]
-                        continue
-                    # What is large would wait for each step of a walk; tiles of gate_up are loops of their own.
-                    programs = (0, 2) if half == "gate_up" and not packed else (0,)
-                    lefts = itertools.product((1, 8), (False, True), programs)
-                    both = [replace(one, group=g, tokens_left=left, programs=p) for g, left, p in lefts]
-                    found += [each for each in both if not misfit(with_tiles(config, half, each), shape.format)]
+            for stages, warps in itertools.product((2, 3, 4, 5), (4, 8)):
+                one = Tiles(block_n=block_n, block_c=step, warps=warps, stages=stages)
+                if accumulators(shape, config.block_m, rows, one) <= MOST_ACCUMULATORS:
+                    found += [each for each in _ways(shape, config, half, one) if _fits(shape, config, half, each)]
     return found
 
 
-def _keeping(shape: Shape, config: Config, one: Tiles) -> list[Tiles]:
-    """These tiles of down in programs that keep their activations, two to sixteen to a block, which fit."""
-    strips = -(-shape.hidden_size // one.block_n)
-    lefts = (False, True) if config.block_m >= LARGE else (False,)
-    each = dict.fromkeys(-(-strips // parts) for parts in (2, 4, 8, 16))
-    kept = [replace(one, strips=count, tokens_left=left) for count in each if count > 1 for left in lefts]
-    return [
-        tiles
-        for tiles in kept
-        if shared_bytes(shape, config.block_m, 1, tiles) <= HOPPER_SHARED_BYTES
-        and not misfit(with_tiles(config, "down", tiles), shape.format)
-    ]
+def _ways(shape: Shape, config: Config, half: str, one: Tiles) -> Iterator[Tiles]:
+    """The same tiles walked in each order, by each side, and of down with activations kept."""
+    packed, large = shape.format in PACKED, config.block_m >= LARGE
+    lefts = (False, True) if large and not packed else (False,)
+    if half == "gate_up":
+        programs = (0, 2) if large and not packed else (0,)
+    else:  # what is large would wait for each step of a walk
+        programs = (0,) if large else (0, 4)
+    for group, left, count in itertools.product((1, 8) if large else (1,), lefts, programs):
+        yield replace(one, group=group, tokens_left=left, programs=count)
+    if half == "down":
+        strips = -(-shape.hidden_size // one.block_n)
+        for each in dict.fromkeys([config.down.strips, *(-(-strips // parts) for parts in (2, 4, 8, 16))]):
+            yield from (replace(one, tokens_left=left, strips=each) for left in lefts if each > 1)
+
+
+def _fits(shape: Shape, config: Config, half: str, one: Tiles) -> bool:
+    """Whether a kernel can have these tiles, and eight warps enough rows of an operand."""
+    rows = 2 if half == "gate_up" else 1
+    filled = max(one.block_n * rows, config.block_m if one.tokens_left else 0)
+    return (
+        (one.warps == 4 or filled >= 128)
+        and shared_bytes(shape, config.block_m, rows, one) <= HOPPER_SHARED_BYTES
+        and not misfit(with_tiles(config, half, one), shape)
+    )
 
 
 def fewer_registers(shape: Shape, config: Config, half: str) -> list[Tiles]:

@@ -100,7 +100,7 @@ LARGE = 64
 MOST_KEPT = 512
 """Columns of the intermediate up to which `down` keeps them all; more were not tried."""
 LEAST_STRIPS = 4
-"""Strips of a program from which on keeping its activations is counted to pay."""
+"""Strips of a program from which on keeping its activations is counted to pay, if there are several tokens."""
 HOPPER_SHARED_BYTES = 227 << 10
 """Shared memory that one thread block may have, compute capability 9.0."""
 
@@ -131,8 +131,11 @@ def default(
     block_m = block_m or _block_m(shape, pairs, multiprocessors, least, x_bytes)
     blocks = max(min(shape.n_slots, pairs), pairs // block_m)
     gate_up, down = _tiles(shape, block_m, rows=2), _keeping(shape, block_m, blocks, multiprocessors)
-    is_short = not alone and down.strips < LEAST_STRIPS
-    if is_short or shape.width > MOST_KEPT or shared_bytes(shape, block_m, 1, replace(down, stages=2), x_bytes) > limit:
+    # With float32 what is unpacked goes through shared memory too.
+    room = limit if x_bytes <= 2 and shape.width <= MOST_KEPT else 0
+    # With few strips to a program walks are better, but for one token, which has too few tiles for them.
+    is_short = down.strips < LEAST_STRIPS and not alone
+    if is_short or shared_bytes(shape, block_m, 1, replace(down, stages=2), x_bytes) > room:
         down = _tiles(shape, block_m, rows=1)
     if block_m >= LARGE and blocks * shape.width < multiprocessors * gate_up.block_n:
         gate_up = replace(gate_up, block_n=gate_up.block_n // 2)
@@ -194,20 +197,23 @@ def kept_columns(shape: Shape, tiles: Tiles) -> int:
     return -(-shape.width // tiles.block_c) * tiles.block_c
 
 
-def misfit(config: Config, format_name: str) -> str | None:
-    """Why no kernel of this format has such a configuration; None where one has."""
+def misfit(config: Config, shape: Shape) -> str | None:
+    """Why no kernel for this shape has such a configuration; None where one has."""
     if config.by_token and config.by_pair:
         return "by_token and by_pair are two ways to do without a schedule; one of them must be false"
     if config.gate_up.strips > 1:
         return "gate_up keeps no activations, so its strips must be 1"
-    if config.down.strips > 1 and (config.by_token or config.down.programs):
-        other = "by_token" if config.by_token else "programs"
-        return f"a program of down keeps one block's activations or walks; with {other} its strips must be 1"
+    if config.down.strips > 1:
+        ways = {"by_token": config.by_token, "programs": config.down.programs, "group": config.down.group > 1}
+        if others := [name for name, given in ways.items() if given]:
+            return f"a program of down keeps one block's activations or walks; with {others[0]} its strips must be 1"
+        if shape.width > MOST_KEPT:
+            return f"down keeps at most {MOST_KEPT} columns of the intermediate, not {shape.width}; strips must be 1"
     for half in ("gate_up", "down"):
         tiles: Tiles = getattr(config, half)
-        if tiles.tokens_left and format_name in PACKED:
-            return f"{format_name} is unpacked into the left operand, so tokens_left of {half} must be false"
-        if tiles.tokens_left and format_name == "fp8_block" and tiles.block_n > 128:
+        if tiles.tokens_left and shape.format in PACKED:
+            return f"{shape.format} is unpacked into the left operand, so tokens_left of {half} must be false"
+        if tiles.tokens_left and shape.format == "fp8_block" and tiles.block_n > 128:
             return f"with tokens_left a tile of {half} has one scale, so block_n is 128 at most, not {tiles.block_n}"
     return None
 
@@ -246,7 +252,7 @@ def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
     walks = 0 if rows == 2 else 4  # few steps make a tile of down, so that programs walk along several
     if shape.format == "fp8_block" and block_m >= LARGE:
         warps = block_m // 16
-        return Tiles(block_n=128 // rows, block_c=128, warps=warps, stages=4, group=8, programs=walks, tokens_left=True)
+        return Tiles(block_n=128 // rows, block_c=128, warps=warps, stages=4, group=8, tokens_left=True)
     if shape.format == "fp8_block":
         wide = block_m == 32 and rows == 1
         return Tiles(block_n=256 if wide else 128 // rows, block_c=128, warps=4, stages=4 - wide, programs=walks)
@@ -269,7 +275,9 @@ def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
 
 
 def _keeping(shape: Shape, block_m: int, blocks: int, multiprocessors: int) -> Tiles:
-    """Of down, in programs that keep their block's activations: eight to a block, more where `blocks` are few."""
+    """Of down, in programs that keep their block's activations: eight to a block, more where `blocks` are few, so that
+    one strip may be left to each.
+    """
     block_n = 128 if shape.format in PACKED and block_m <= 16 else 64
     parts = power_of_two(4 * multiprocessors / blocks, 8)
     plain = KINDS[shape.format] == "plain"

@@ -159,7 +159,7 @@ class _Call:
     def __init__(self, experts: TritonExperts, x_TD: Tensor, ids: Tensor, router: Tensor, config: Config) -> None:
         self.experts, self.ids, self.router, self.config = experts, ids, router, config
         self.pairs, self.k, self.dtype = ids.numel(), ids.shape[1], x_TD.dtype
-        if wrong := misfit(config, experts.format):
+        if wrong := misfit(config, experts.shape(self.k)):
             raise ValueError(wrong)
         self.native = capability(x_TD.device) if experts._assembly is None else experts._assembly
         # It computes in bf16, from scales that are bf16 or powers of two.

@@ -140,7 +140,7 @@ def read_table(path: Path, device: str | None = None) -> Table:
         for one in each["configs"]:
             tiles = {name: Tiles(**one["config"][name]) for name in ("gate_up", "down")}
             measured = Measured(**{**one, "config": Config(**{**one["config"], **tiles})})
-            if wrong := misfit(measured.config, shape.format):
+            if wrong := misfit(measured.config, shape):
                 raise TableError(f"`{path}`, {shape.format} with {measured.tokens} tokens: {wrong}; {again}")
             table.configs.setdefault(shape, {})[measured.tokens] = measured
     return table

@@ -44,7 +44,7 @@ def staged_bytes(shape: Shape, block_m: int, rows: int, cut: Tiles) -> int:
     weights, tokens = rows * WEIGHT_BITS[shape.format], block_m * 16
     if cut.strips > 1:
         columns = -(-shape.width // cut.block_c) * cut.block_c
-        return columns * (cut.stages * weights + tokens) // 8
+        return (columns * (cut.stages * weights + tokens) + rows * tokens) // 8  # and a tile of the output
     return cut.stages * cut.block_c * (weights + tokens) // 8
 
 
@@ -109,6 +109,17 @@ def test_activations_are_kept_where_they_are_few() -> None:
             assert {one.strips for one in tiles(shape, config, "gate_up")} == {1}
 
 
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_the_counted_tiles_are_among_those_of_a_search(format_name: str) -> None:
+    whole = [Model.of("kimi-k2.5", format_name, tp_size).shape for tp_size in (8, 1)]
+    for shape in (*whole, *(each.shared(1) for each in whole)):
+        for tokens in TOKENS:
+            config = default(shape, tokens, 132)
+            for half in ("gate_up", "down"):
+                searched = {replace(one, group=1) for one in tiles(shape, config, half)}
+                assert config.by_token or replace(getattr(config, half), group=1) in searched
+
+
 def test_packed_formats_are_never_the_right_operand() -> None:
     for format_name in FORMATS:
         shape = Model.of("kimi-k2.5", format_name, 8).shape
@@ -125,6 +136,7 @@ def test_blocks_of_tokens_are_about_an_experts_share() -> None:
     shape = Model.of("kimi-k2.5", "bf16", 8).shape
     assert {config.block_m for config in candidates(shape, 1, 132)} == {8, 16}
     assert {config.block_m for config in candidates(shape, 8192, 132)} >= {32, 64, 128}
+    assert {config.block_m for config in candidates(shape.shared(1), 1024, 132)} == {16, 32, 64, 128}
 
 
 def test_registers_are_bounded_where_thread_blocks_wait_for_their_own_instructions() -> None:

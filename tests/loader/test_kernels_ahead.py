@@ -94,6 +94,19 @@ def test_the_router_compiles_and_fits(ahead: Any, arch: str) -> None:
     assert require_fitting(launches, arch) == {"router_logits", "choose"}
 
 
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_kept_activations_of_wider_slots_fit(ahead: Any, arch: str, format_name: str) -> None:
+    if format_name == "fp8_block" and arch == "sm80":
+        pytest.skip("the gate does not allow fp8_block on sm80, which has no E4M3 (OCP) products")
+    for width in (384, 512):
+        shape = replace(Model.of("kimi-k2.5", format_name, 8).shape, width=width)
+        kept = [(tokens, config) for tokens in (64, 8192) if (config := counted(shape, tokens, arch)).down.strips > 1]
+        assert kept
+        launches = [each for tokens, config in kept for each in ahead.launches_of(shape, tokens, config, arch)]
+        assert require_fitting((each for each in launches if each.kernel.__name__ == "down"), arch) == {"down"}
+
+
 def test_a_bound_of_registers_reaches_the_compiler(ahead: Any) -> None:
     shape = Model.of("kimi-k2.5", "int4_g32", 8).shape
     config = default(shape, 16, MULTIPROCESSORS["sm90"])
