@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,15 @@ def copied(made: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
         return shutil.copytree(made(**options), tmp_path / "copy")
 
     return copy
+
+
+@pytest.fixture(autouse=True)
+def _within_tensors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Interpreted kernels are held to the bounds of their tensors (`bounds`)."""
+    if "kernels" not in request.keywords or os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from tests.loader.bounds import within_tensors
+
+    with within_tensors():
+        yield
