@@ -17,11 +17,11 @@ from loader.kernels.configs import (
     Tiles,
     accumulators,
     default,
-    kept_columns,
     misfit,
     one_by_one,
     shared_bytes,
     stage_bytes,
+    stage_columns,
 )
 
 MOST_BY_TOKEN = 2 * BY_TOKEN
@@ -139,8 +139,7 @@ def some_tiles(shape: Shape, config: Config, half: str, most: int, draw: random.
     rows = 2 if half == "gate_up" else 1
 
     def bytes_moved(one: Tiles) -> float:
-        columns = kept_columns(shape, one) if one.strips > 1 else one.block_c
-        return stage_bytes(shape, config.block_m, rows, one) / (one.block_n * columns)
+        return stage_bytes(shape, config.block_m, rows, one) / (one.block_n * stage_columns(shape, one))
 
     fewest = sorted(found, key=bytes_moved)[: most // 2]
     return list(dict.fromkeys([*fewest, *found]))[:most]

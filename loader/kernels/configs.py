@@ -175,26 +175,24 @@ def accumulators(shape: Shape, block_m: int, rows: int, tiles: Tiles) -> float:
     return sums * tiles.block_n * rows * block_m / (32 * tiles.warps)
 
 
-def stage_bytes(shape: Shape, block_m: int, rows: int, tiles: Tiles, x_bytes: int = 2) -> float:
-    """Shared memory of one stage: a tile of weights, `rows` to each of its columns, and one of activations.
+def stage_columns(shape: Shape, tiles: Tiles) -> int:
+    """Columns of the inner axis in a stage: those of a step, or of all steps where activations are kept."""
+    return -(-shape.width // tiles.block_c) * tiles.block_c if tiles.strips > 1 else tiles.block_c
 
-    Where activations are kept it is a strip of weights, all columns of the inner axis.
+
+def stage_bytes(shape: Shape, block_m: int, rows: int, tiles: Tiles, x_bytes: int = 2) -> float:
+    """Shared memory of one stage: a tile of weights, `rows` to each of its columns, and one of activations that are not
+    kept.
     """
     weight = {"int4_g32": 0.5625, "mxfp4": 0.5313, "fp8_block": 1.0, "fp32": 4.0}.get(shape.format, 2.0)
-    if tiles.strips > 1:
-        return tiles.block_n * weight * kept_columns(shape, tiles)
-    return (tiles.block_n * rows * weight + block_m * x_bytes) * tiles.block_c
+    activations = 0 if tiles.strips > 1 else block_m * x_bytes
+    return (tiles.block_n * rows * weight + activations) * stage_columns(shape, tiles)
 
 
 def shared_bytes(shape: Shape, block_m: int, rows: int, tiles: Tiles, x_bytes: int = 2) -> float:
     """Shared memory of a thread block: its stages, and where it keeps activations these and a tile of the output."""
-    kept = block_m * x_bytes * (kept_columns(shape, tiles) + tiles.block_n) if tiles.strips > 1 else 0
+    kept = block_m * x_bytes * (stage_columns(shape, tiles) + tiles.block_n) if tiles.strips > 1 else 0
     return kept + tiles.stages * stage_bytes(shape, block_m, rows, tiles, x_bytes)
-
-
-def kept_columns(shape: Shape, tiles: Tiles) -> int:
-    """Columns of the intermediate in whole steps."""
-    return -(-shape.width // tiles.block_c) * tiles.block_c
 
 
 def misfit(config: Config, shape: Shape) -> str | None:

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.kernels
 @pytest.mark.parametrize("tensor", ["source", "out"])
 @pytest.mark.parametrize("count", [8, 9])
 def test_an_access_beyond_a_tensor_is_an_error(tensor: str, count: int) -> None:
-    from tests.loader.copied import copy
+    from tests.loader.copying import copy
 
     sizes = {"source": 16, "out": 16, tensor: 8}
     source, out = (torch.arange(sizes[name], dtype=torch.float32) for name in ("source", "out"))
@@ -23,7 +23,7 @@ def test_an_access_beyond_a_tensor_is_an_error(tensor: str, count: int) -> None:
 
 
 def test_a_view_is_held_to_its_own_rows() -> None:
-    from tests.loader.copied import copy
+    from tests.loader.copying import copy
 
     whole = torch.arange(32.0)
     copy[1,](whole[8:16], torch.empty(8), 8, SIZE=16)

@@ -16,7 +16,7 @@ from loader.kernels.configs import Config, Shape, Tiles, default, misfit
 from loader.kernels.tuned import Measured, Table, file_name, find_table, read_table
 
 SHAPE = Shape(format="int4_g32", n_slots=385, hidden_size=7168, width=256, top_k=9)
-BF16 = Shape(format="bf16", n_slots=385, hidden_size=7168, width=256, top_k=9)
+BF16 = replace(SHAPE, format="bf16")
 TILES = Tiles(block_n=32, block_c=256, warps=4, stages=3, group=2)
 
 
