@@ -53,7 +53,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def _require_within(spans: dict[str, tuple[int, int]], pointers: Any, mask: Any, what: str) -> None:
-    asked = pointers.data[mask.data]
+    asked = pointers.data[mask.data.astype(bool)]  # which may be integers, and are no indices
     if not asked.size:
         return
     first = int(asked.min())

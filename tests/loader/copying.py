@@ -9,4 +9,5 @@ import triton.language as tl
 @triton.jit
 def copy(source, out, count, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
-    tl.store(out + at, tl.load(source + at, mask=at < count), mask=at < count)
+    here = (at < count) & (count > 0)  # in the interpreter a block and one truth make integers
+    tl.store(out + at, tl.load(source + at, mask=here), mask=here)
