@@ -12,7 +12,7 @@ from loader.bench import ours
 from loader.bench.peers import Peer, Unavailable
 from loader.bench.problem import Model, Problem, problems, random_experts
 from loader.bench.report import Point, first_line
-from loader.bench.timing import Ceilings, microseconds, probe, settle
+from loader.bench.timing import Captured, Ceilings, capture, in_turns, probe, settle
 from loader.errors import BenchError
 from loader.kernels.eager import eager
 from loader.kernels.triton_backend import configuration
@@ -78,19 +78,25 @@ def measure(
     rerouted = ours.rerouted(some[0])
     of_router = reference if rerouted is some[0] else _reference(rerouted)
     _require_close(layer[0](), of_router, allowed, "ours, with its router")
-    slots = [(list(p.experts.parameters()), p.topk_ids_TK.unique()) for p in some]
-    memory = min(microseconds([probe(*each, block) for each in slots]) for block in PROBE_BLOCKS)
     rate = limits.fp8_flops if model.format == "fp8_block" else limits.bf16_flops
     k = model.top_k + model.n_shared
     arithmetic = 2 * tokens * k * 3 * model.hidden_size * model.width / rate * 1e6
-    apart = None
+    slots = [(list(p.experts.parameters()), p.topk_ids_TK.unique()) for p in some]
+    probes = [f"probe of {block} words" for block in PROBE_BLOCKS]
+    contenders = {
+        name: capture([probe(*each, block) for each in slots]) for name, block in zip(probes, PROBE_BLOCKS, strict=True)
+    }
+    contenders |= {"ours": capture(fused), "layer": capture(layer)}
     if model.n_shared:
         halves = shape.routed(model.n_shared), shape.shared(model.n_shared)
         routed, shared = (configuration(half, x_TD, table) for half in halves)
         split = [ours.split_call(problem, routed, shared) for problem in some]
         _require_close(split[0](), reference, allowed, "ours, apart")
-        apart = microseconds(split)
-    point = Point(
+        contenders["apart"] = capture(split)
+    captured, absent = _of_peers(peers, some[: len(layers)], reference)
+    us = in_turns(contenders | captured)
+    memory = min(us[name] for name in probes)
+    return Point(
         shape=model.name,
         tp=model.tp_size,
         format=model.format,
@@ -98,24 +104,34 @@ def measure(
         floor_us=max(memory, arithmetic),
         memory_us=memory,
         arithmetic_us=arithmetic,
-        ours_us=microseconds(fused),
-        ours_apart_us=apart,
-        layer_us=microseconds(layer),
+        ours_us=us["ours"],
+        ours_apart_us=us.get("apart"),
+        layer_us=us["layer"],
         error=error,
         config=asdict(config),
         measured=table is not None and table.config(shape, tokens) is not None,
+        peers={name: us[name] for name in captured},
+        absent=absent,
     )
+
+
+def _of_peers(
+    peers: Sequence[Peer], some: Sequence[Problem], reference: Callable[[Tensor], float]
+) -> tuple[dict[str, Captured], dict[str, str]]:
+    """Those that compute what the reference does, and why the others are not among them."""
+    captured: dict[str, Captured] = {}
+    absent: dict[str, str] = {}
     for peer in peers:
         try:
-            calls = [peer(problem) for problem in some[: len(layers)]]
+            calls = [peer(problem) for problem in some]
             _require_close(calls[0](), reference, peer.accuracy, peer.name)
-            point.peers[peer.name] = microseconds(calls)
+            captured[peer.name] = capture(calls)
         except Unavailable as reason:
-            point.absent[peer.name] = str(reason)
+            absent[peer.name] = str(reason)
         except Exception as failure:  # noqa: BLE001  # theirs, which may raise anything and stops nobody else's run
-            point.absent[peer.name] = f"failed: {first_line(failure)}"
+            absent[peer.name] = f"failed: {first_line(failure)}"
             settle()
-    return point
+    return captured, absent
 
 
 def _reference(problem: Problem) -> Callable[[Tensor], float]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Key = TypeVar("Key", bound=Hashable)
 
 REPLAYS = 9
 GRAPH_MILLISECONDS = 1.0
@@ -15,8 +18,16 @@ GRAPH_MILLISECONDS = 1.0
 MOST_REPEATS = 16
 
 
-def microseconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> float:
-    """Of one call: all of `calls` in one CUDA graph, the median of its replays.
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """Calls in one CUDA graph, which keeps their memory."""
+
+    replay: Callable[[], object]
+    n_calls: int
+
+
+def capture(calls: Sequence[Callable[[], object]]) -> Captured:
+    """All of `calls`, again and again for about a millisecond; raises what they raise.
 
     Give calls on so much memory that the cache does not hold it from one replay to the next.
     """
@@ -32,8 +43,24 @@ def microseconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) 
                 call()
     graph.replay()
     torch.cuda.synchronize()
-    times = [_elapsed(graph.replay) for _ in range(replays)]
-    return statistics.median(times) / (repeats * len(calls)) * 1e3
+    return Captured(graph.replay, repeats * len(calls))
+
+
+def in_turns(contenders: Mapping[Key, Captured], replays: int = REPLAYS) -> dict[Key, float]:
+    """Microseconds of one call of each, the median of its replays; one replay of each, then the next.
+
+    A device's clock changes with its load, by several percent within seconds: what is compared must share it.
+    """
+    times: dict[Key, list[float]] = {name: [] for name in contenders}
+    for _ in range(replays):
+        for name, one in contenders.items():
+            times[name].append(_elapsed(one.replay))
+    return {name: statistics.median(times[name]) / one.n_calls * 1e3 for name, one in contenders.items()}
+
+
+def microseconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> float:
+    """Of one of these calls, by itself."""
+    return in_turns({None: capture(calls)}, replays)[None]
 
 
 def settle() -> None:

@@ -14,13 +14,15 @@ from loader.bench import ours
 from loader.bench.candidates import candidates, fewer_registers, some_tiles, with_tiles
 from loader.bench.problem import Problem
 from loader.bench.report import first_line
-from loader.bench.timing import microseconds, settle
+from loader.bench.timing import capture, in_turns, microseconds, settle
 from loader.errors import BenchError
 from loader.kernels.configs import Config, Shape
 from loader.kernels.triton_device import is_nvidia
 from loader.kernels.triton_layer import least_pairs, multiprocessors
 
 log = logging.getLogger(__name__)
+FINALISTS = 4
+"""Configurations that are timed again at the end, in turns: of many single readings the least is too good."""
 COMPILERS = 16
 """Threads that compile; ptxas is a process of its own and LLVM lets go of the interpreter's lock."""
 
@@ -50,7 +52,7 @@ def search(
 
     `start` is tried before all others; `most` configurations are tried in each of three rounds: skeletons, tiles of
     gate_up, tiles of down, the latter two drawn where there are more (`some_tiles`). A few with fewer registers follow.
-    `done` is called after each.
+    `done` is called after each; the best of all are then timed again, side by side.
     Raises `BenchError` where none runs at all.
     """
     device, tokens = problems[0].x_TD.device, len(problems[0].x_TD)
@@ -79,8 +81,11 @@ def search(
         best = round_of([with_tiles(best, half, each) for each in fewer_registers(shape, best, half)])
     if math.isinf(times[best]):
         raise BenchError(f"of {len(times)} configurations none runs for {shape} with {tokens} tokens: {reason}")
-    ran = sum(math.isfinite(each) for each in times.values())
-    return Best(config=best, microseconds=times[best], tried=ran, failed=len(times) - ran)
+    ran = [config for config in times if math.isfinite(times[config])]
+    finalists = sorted(ran, key=lambda config: times[config])[:FINALISTS]
+    finals = in_turns({c: capture([ours.call(problem, c) for problem in problems]) for c in finalists})
+    best = min(finals, key=lambda config: finals[config])
+    return Best(config=best, microseconds=finals[best], tried=len(ran), failed=len(times) - len(ran))
 
 
 def _compile(problem: Problem, configs: Sequence[Config]) -> None:

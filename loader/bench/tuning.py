@@ -13,7 +13,7 @@ from loader.bench import ours
 from loader.bench.problem import Model, Problem
 from loader.bench.run import layers_of, problems_of
 from loader.bench.shown import Shown
-from loader.bench.timing import microseconds
+from loader.bench.timing import capture, in_turns
 from loader.bench.tune import search
 from loader.kernels.configs import Config, Shape
 from loader.kernels.tuned import Measured, Table, file_name, find_table
@@ -89,14 +89,19 @@ def _tune_one(
             _note(table, shape, Measured(tokens=tokens, microseconds=round(best.microseconds, 3), config=best.config))
             save()
     fused, *halves = (table.configs[shape][tokens] for shape in shapes)
-    text = f"{_name(model, tokens)}: {fused.microseconds:.1f} us"
     if not halves:
-        return text
+        return f"{_name(model, tokens)}: {fused.microseconds:.1f} us"
     routed, shared = (half.config for half in halves)
-    apart = microseconds([ours.split_call(problem, routed, shared) for problem in problems])
-    _note(table, model.shape, replace(fused, apart_microseconds=round(apart, 3)))
+    us = in_turns(
+        {
+            "fused": capture([ours.call(problem, fused.config) for problem in problems]),
+            "apart": capture([ours.split_call(problem, routed, shared) for problem in problems]),
+        }
+    )
+    together, apart = us["fused"], us["apart"]
+    _note(table, model.shape, replace(fused, microseconds=round(together, 3), apart_microseconds=round(apart, 3)))
     save()
-    return f"{text}, {apart:.1f} with the shared slots on their own"
+    return f"{_name(model, tokens)}: {together:.1f} us, {apart:.1f} with the shared slots on their own"
 
 
 def _of_others(table: Table, shape: Shape, tokens: int) -> list[Config]:

@@ -21,14 +21,14 @@ pytestmark = pytest.mark.kernels
 
 
 class Clock:
-    """Stands for `microseconds`: each question is answered with the next number, nothing is run."""
+    """Stands for `in_turns`: 10 for the first, 20 for the second; what is captured are numbers of calls, never run."""
 
     def __init__(self) -> None:
-        self.asked: list[int] = []
+        self.asked: dict[str, int] = {}
 
-    def __call__(self, calls: Any) -> float:
-        self.asked.append(len(calls))
-        return 10.0 * len(self.asked)
+    def __call__(self, contenders: dict[str, int]) -> dict[str, float]:
+        self.asked = contenders
+        return {name: 10.0 * place for place, name in enumerate(contenders, 1)}
 
 
 @pytest.fixture
@@ -37,11 +37,12 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     from loader.bench import run
 
     monkeypatch.setattr(run, "TOUCHED_BYTES", 1)
-    monkeypatch.setattr(run, "microseconds", Clock())
+    monkeypatch.setattr(run, "capture", len)
+    monkeypatch.setattr(run, "in_turns", Clock())
     # As test_kernels.py has it: the layers are small.
     monkeypatch.setattr(run, "ACCURACY", {"fp8_block": 0.12})
     monkeypatch.setattr(run, "probe", lambda parameters, slots, block: None)
-    monkeypatch.setattr(run, "PROBE_BLOCKS", (2048,))  # one reading of the clock for the floor
+    monkeypatch.setattr(run, "PROBE_BLOCKS", (2048,))  # one place in the turns for the floor
     return run
 
 
@@ -68,8 +69,8 @@ class Stub:
 def test_a_point_of_each_format(bench: Any, format_name: str, tokens: int) -> None:
     found = measure(bench, tokens, format_name=format_name)
     assert found.error <= (0.12 if format_name == "fp8_block" else 0.02)
-    assert bench.microseconds.asked == [2, 2, 2, 2]
-    assert (found.memory_us, found.ours_apart_us, found.ours_us, found.layer_us) == (10.0, 20.0, 30.0, 40.0)
+    assert list(bench.in_turns.asked.values()) == [2, 2, 2, 2]
+    assert (found.memory_us, found.ours_us, found.layer_us, found.ours_apart_us) == (10.0, 20.0, 30.0, 40.0)
     assert (found.floor_us, found.ours_over_floor) == (10.0, 2.0)
     assert not found.measured
     rate = CEILINGS.fp8_flops if format_name == "fp8_block" else CEILINGS.bf16_flops
@@ -102,7 +103,7 @@ def test_a_wrong_kernel_is_refused_before_it_is_timed(bench: Any, monkeypatch: p
     monkeypatch.setattr(bench.ours, half, wrong)
     with pytest.raises(BenchError, match=r"^ours.* is 0\.\d+ off the reference, allowed are"):
         measure(bench)
-    assert len(bench.microseconds.asked) < 2
+    assert not bench.in_turns.asked
 
 
 def test_a_router_may_differ_in_a_near_tie_and_not_in_more(bench: Any) -> None:
@@ -138,7 +139,7 @@ def test_a_peer_that_is_wrong_is_listed_and_not_timed(bench: Any) -> None:
     found = measure(bench, peers=[Stub(wrong)])
     assert found.peers == {}
     assert found.absent["stub"].startswith("failed: stub is 0.")
-    assert len(bench.microseconds.asked) == 4
+    assert len(bench.in_turns.asked) == 4
 
 
 @pytest.mark.parametrize(
@@ -184,3 +185,17 @@ def test_the_probe_reads_what_is_touched() -> None:
     first[2, 2, 6999], second[2, 4, 10], first[1, 0, 0] = 7, 8, 99
     found = probe([second, first], torch.tensor([0, 2]))()
     assert sorted(found.tolist())[-2:] == [7, 8]
+
+
+def test_contenders_take_turns_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from loader.bench import timing
+
+    run: list[str] = []
+    taking = {"a": iter([9.0, 1.0, 2.0]), "b": iter([4.0, 40.0, 8.0])}
+    monkeypatch.setattr(timing, "_elapsed", lambda replay: next(taking[replay()]))
+    contenders = {
+        name: timing.Captured(lambda name=name: run.append(name) or name, count)  # type: ignore[misc]
+        for name, count in (("a", 1), ("b", 4))
+    }
+    assert timing.in_turns(contenders, 3) == {"a": 2000.0, "b": 2000.0}
+    assert run == ["a", "b"] * 3
