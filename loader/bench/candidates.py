@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from loader.kernels.configs import (
-    BY_TOKEN,
     HOPPER_SHARED_BYTES,
     LARGE,
     PACKED,
@@ -18,13 +17,13 @@ from loader.kernels.configs import (
     accumulators,
     default,
     misfit,
-    one_by_one,
     shared_bytes,
     stage_bytes,
     stage_columns,
 )
 
-MOST_BY_TOKEN = 2 * BY_TOKEN
+MOST_BY_PAIR = 8
+"""Tokens up to which few enough choose the same expert that reading it again for each may cost less than sorting."""
 MOST_ACCUMULATORS = 128
 """Registers of a thread, which has as many again for operands and addresses."""
 
@@ -43,13 +42,10 @@ def candidates(shape: Shape, tokens: int, multiprocessors: int, least: int = 8) 
 
 def _skeletons(shape: Shape, tokens: int, multiprocessors: int) -> Iterator[Config]:
     """Ways to walk the layer, each with tiles to start from."""
-    if tokens <= MOST_BY_TOKEN:
-        few = one_by_one(shape, tokens, multiprocessors)
-        for splits in (1, 2, 4, 8):
-            yield replace(few, splits=splits)
+    if tokens <= MOST_BY_PAIR:
         for block_m in (8, 16):
             pairwise = replace(default(shape, tokens, multiprocessors, block_m=block_m), by_pair=True)
-            for splits in dict.fromkeys((pairwise.splits, 4, 2)):
+            for splits in dict.fromkeys((pairwise.splits, 1, 2, 4, 8)):
                 yield replace(pairwise, splits=splits)
     share = tokens * shape.top_k / shape.n_slots
     # Few slots are counted with lower blocks than their share.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,13 @@ class Point:
         answer |= {f"{name}_us": _rounded(value) for name, value in self.peers.items()}
         return answer | {"absent": self.absent, "config": self.config, "measured": self.measured}
 
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Point:
+        """What `as_json` gave."""
+        own = {one.name for one in fields(cls)}
+        peers = {name.removesuffix("_us"): us for name, us in raw.items() if name.endswith("_us") and name not in own}
+        return cls(peers=peers, **{name: value for name, value in raw.items() if name in own})
+
 
 def _rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
@@ -95,6 +103,12 @@ class Report:
             "ceilings": asdict(self.ceilings),
             "points": [point.as_json() for point in self.points],
         }
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Report:
+        """What `as_json` gave."""
+        points = [Point.from_json(point) for point in raw["points"]]
+        return cls(**{**raw, "ceilings": Ceilings(**raw["ceilings"]), "points": points})
 
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,13 @@ MOST_REPEATS = 16
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """Calls in one CUDA graph, which keeps their memory."""
+    """Calls in one CUDA graph."""
 
     replay: Callable[[], object]
-    n_calls: int
+    calls: Sequence[Callable[[], object]]
+    """Held, for the graph reads and writes what they hold."""
+    repeats: int
+    """How often the graph has each of them."""
 
 
 def capture(calls: Sequence[Callable[[], object]]) -> Captured:
@@ -43,19 +47,23 @@ def capture(calls: Sequence[Callable[[], object]]) -> Captured:
                 call()
     graph.replay()
     torch.cuda.synchronize()
-    return Captured(graph.replay, repeats * len(calls))
+    return Captured(graph.replay, calls, repeats)
 
 
 def in_turns(contenders: Mapping[Key, Captured], replays: int = REPLAYS) -> dict[Key, float]:
     """Microseconds of one call of each, the median of its replays; one replay of each, then the next.
 
-    A device's clock changes with its load, by several percent within seconds: what is compared must share it.
+    A device's clock changes with its load, by several percent within seconds: what is compared must share it. Every
+    round has another order, for whoever comes behind a light one finds a cooler device.
     """
+    draw = random.Random(0)
     times: dict[Key, list[float]] = {name: [] for name in contenders}
     for _ in range(replays):
-        for name, one in contenders.items():
-            times[name].append(_elapsed(one.replay))
-    return {name: statistics.median(times[name]) / one.n_calls * 1e3 for name, one in contenders.items()}
+        for name in draw.sample(list(contenders), len(contenders)):
+            times[name].append(_elapsed(contenders[name].replay))
+    return {
+        name: statistics.median(times[name]) / (one.repeats * len(one.calls)) * 1e3 for name, one in contenders.items()
+    }
 
 
 def microseconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> float:

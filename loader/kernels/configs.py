@@ -68,19 +68,10 @@ class Config:
     down: Tiles
     splits: int = 1
     """Programs that share one tile's inner axis in gate_up; their parts are summed up before `down`."""
-    by_token: bool = False
-    """No schedule: pair by pair in gate_up, token by token in down, which sums up as well."""
     by_pair: bool = False
-    """No schedule: pair by pair in both products."""
-
-    @property
-    def is_scheduled(self) -> bool:
-        """Whether tokens of one expert are computed together; without, it is read again for each of them."""
-        return not (self.by_token or self.by_pair)
+    """No schedule: a pair is a block, and an expert is read again for each token that chose it."""
 
 
-BY_TOKEN = 4
-"""Tokens up to which few enough choose the same expert that reading it again for each may cost less than sorting."""
 PACKED = frozenset({"int4_g32", "mxfp4"})
 """Formats of four numbers to two bytes."""
 KINDS: Mapping[str, str] = MappingProxyType(
@@ -125,8 +116,6 @@ def default(
     (8 with NVIDIA's ``mma.sync``). `x_bytes` are those of an activation, 4 for float32.
     """
     alone = block_m is None and tokens <= 1  # no two tokens share an expert
-    if alone and KINDS[shape.format] == "plain":
-        return replace(one_by_one(shape, tokens, multiprocessors, limit, x_bytes), splits=1)
     pairs = max(tokens * shape.top_k, 1)
     block_m = block_m or _block_m(shape, pairs, multiprocessors, least, x_bytes)
     blocks = max(min(shape.n_slots, pairs), pairs // block_m)
@@ -197,12 +186,10 @@ def shared_bytes(shape: Shape, block_m: int, rows: int, tiles: Tiles, x_bytes: i
 
 def misfit(config: Config, shape: Shape) -> str | None:
     """Why no kernel for this shape has such a configuration; None where one has."""
-    if config.by_token and config.by_pair:
-        return "by_token and by_pair are two ways to do without a schedule; one of them must be false"
     if config.gate_up.strips > 1:
         return "gate_up keeps no activations, so its strips must be 1"
     if config.down.strips > 1:
-        ways = {"by_token": config.by_token, "programs": config.down.programs, "group": config.down.group > 1}
+        ways = {"programs": config.down.programs, "group": config.down.group > 1}
         if others := [name for name, given in ways.items() if given]:
             return f"a program of down keeps one block's activations or walks; with {others[0]} its strips must be 1"
         if shape.width > MOST_KEPT:
@@ -214,23 +201,6 @@ def misfit(config: Config, shape: Shape) -> str | None:
         if tiles.tokens_left and shape.format == "fp8_block" and tiles.block_n > 128:
             return f"with tokens_left a tile of {half} has one scale, so block_n is 128 at most, not {tiles.block_n}"
     return None
-
-
-def one_by_one(
-    shape: Shape, tokens: int, multiprocessors: int, limit: int = HOPPER_SHARED_BYTES, x_bytes: int = 2
-) -> Config:
-    """A configuration without a schedule, for a few tokens."""
-    block_n, step = 32, 128 if shape.format == "fp8_block" else 256
-    tiles = max(tokens * shape.top_k, 1) * -(-shape.width // block_n)
-    most = max(1, shape.hidden_size // (4 * step))
-    config = Config(
-        block_m=16,
-        gate_up=Tiles(block_n=block_n, block_c=step, warps=4, stages=4),
-        down=Tiles(block_n=64, block_c=min(step, power_of_two(shape.width, 128)), warps=4, stages=3),
-        splits=min(power_of_two(-(-3 * multiprocessors // tiles)), most, 8),
-        by_token=True,
-    )
-    return fitting(config, shape, limit, x_bytes)
 
 
 def fitting(config: Config, shape: Shape, limit: int, x_bytes: int = 2) -> Config:

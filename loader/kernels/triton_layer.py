@@ -24,7 +24,7 @@ from loader.kernels.configs import (
     power_of_two,
 )
 from loader.kernels.triton_device import capability, is_nvidia, overlapping
-from loader.kernels.triton_down import combine, down, down_by_token
+from loader.kernels.triton_down import combine, down
 from loader.kernels.triton_gate_up import gate_up
 from loader.kernels.triton_prepare import prepare
 from loader.kernels.triton_schedule import count_pairs, schedule_small, sort_pairs, sum_counts
@@ -111,9 +111,6 @@ class TritonExperts:
             return y_TD.zero_() if base_TD is None else y_TD.copy_(base_TD)
         config = config or counted(self.shape(k), x_TD)
         call = _Call(self, x_TD, ids, router, config)
-        if config.by_token:
-            y_TD = call.down_by_token(call.gate_up(None), y_TD)
-            return y_TD if base_TD is None else y_TD.add_(base_TD)
         schedule = None if config.by_pair else call.schedule()
         pairs_PD = call.down(call.gate_up(schedule), schedule)
         block = 512
@@ -301,25 +298,6 @@ class _Call:
             TOKENS_LEFT=t.tokens_left,
             WALKS=t.programs > 0,
             STRIPS=t.strips,
-            BIASED=e.bias2 is not None,
-            **self._common(t, e.scale2),
-        )
-        return out
-
-    def down_by_token(self, hidden: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
-        e, t = self.experts, self.config.down
-        e.launch(
-            down_by_token,
-            (-(-e.hidden_size // t.block_n), len(out)),
-            *hidden,
-            e.w2,
-            e.scale2,
-            e.bias2 if e.bias2 is not None else e.w2,
-            self.router,
-            self.ids,
-            out,
-            e.n_slots,
-            K=self.k,
             BIASED=e.bias2 is not None,
             **self._common(t, e.scale2),
         )

@@ -13,7 +13,7 @@ from typing import Any
 from loader.errors import TableError
 from loader.kernels.configs import Config, Shape, Tiles, misfit
 
-VERSION = 2
+VERSION = 3
 """Of the form of the file; raised where the kernels change so that old figures mean nothing."""
 SHIPPED = Path(__file__).with_name("tables")
 SCHEMA = Path(__file__).with_name("table.schema.json")
@@ -52,7 +52,7 @@ class Table:
         nearest = min(measured, key=lambda n: (abs(math.log(n / tokens)), n))
         # What goes without a schedule reads an expert once for each token that chose it: never beyond what was timed.
         found = measured[nearest].config
-        if not found.is_scheduled and tokens > nearest:
+        if found.by_pair and tokens > nearest:
             larger = [n for n in sorted(measured) if n > nearest]
             return measured[larger[0]].config if larger else None
         return found

@@ -56,7 +56,7 @@ def test_each_way_to_walk_a_layer_fits_a_table_and_the_device(format_name: str, 
         assert found[0] == default(shape, tokens, 132)
         assert len(set(found)) == len(found)
         require_valid(shape, found)
-        assert not any(config.by_token for config in found) or tokens <= 8
+        assert any(config.by_pair for config in found) is (tokens <= 8)
         for config in found:
             for rows, cut in ((2 * config.gate_up.block_n, config.gate_up), (config.down.block_n, config.down)):
                 assert staged_bytes(shape, config.block_m, rows, cut) <= SHARED_BYTES
@@ -117,7 +117,7 @@ def test_the_counted_tiles_are_among_those_of_a_search(format_name: str) -> None
             config = default(shape, tokens, 132)
             for half in ("gate_up", "down"):
                 searched = {replace(one, group=1) for one in tiles(shape, config, half)}
-                assert config.by_token or replace(getattr(config, half), group=1) in searched
+                assert replace(getattr(config, half), group=1) in searched
 
 
 def test_packed_formats_are_never_the_right_operand() -> None:

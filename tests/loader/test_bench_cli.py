@@ -117,7 +117,7 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [('{"version": 2, "dev', "is torn"), ('{"version": 7}', "has version 7, this loader reads version 2")],
+    [('{"version": 3, "dev', "is torn"), ('{"version": 7}', "has version 7, this loader reads version 3")],
 )
 def test_a_table_that_can_not_be_used_is_refused_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, says: str

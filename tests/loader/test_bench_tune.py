@@ -311,10 +311,10 @@ def test_the_end_of_the_time_is_said(run: Callable[..., Any], tmp_path: Path) ->
 
 def test_a_torn_table_is_refused_and_left_as_it_is(run: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / file_name(DEVICE)
-    path.write_text('{"version": 2, "dev')
+    path.write_text('{"version": 3, "dev')
     with pytest.raises(TableError, match="is torn"):
         run([model()], [1])
-    assert path.read_text() == '{"version": 2, "dev'
+    assert path.read_text() == '{"version": 3, "dev'
 
 
 @pytest.mark.parametrize(("complete", "code"), [(True, 0), (False, 3)])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loader.bench.problem import Model
-from loader.kernels.configs import Config, Shape, default, one_by_one
+from loader.kernels.configs import Config, Shape, default
 from loader.kernels.tuned import SHIPPED, Measured, read_table
 from loader.router_config import RouterConfig
 
@@ -69,17 +69,15 @@ def test_the_configuration_by_counting_compiles_and_fits(ahead: Any, arch: str, 
             launches += ahead.launches_of(shape, count, config, arch)
             # Ids are int32 from our router, int64 from torch's.
             launches += ahead.launches_of(shape, count, config, arch, ids_dtype=torch.int64) if count < 64 else []
-        by_token = replace(one_by_one(shape, 1, MULTIPROCESSORS[arch], SHARED_BYTES[arch]), splits=2)
         by_pair = replace(counted(shape, 1, arch, block_m=16), by_pair=True)
-        for config in (by_token, by_pair):
-            launches += ahead.launches_of(shape, 1, config, arch, ids_dtype=torch.int64)
+        launches += ahead.launches_of(shape, 1, by_pair, arch, ids_dtype=torch.int64)
     # The largest blocks, and with float32 in twice the memory, which takes long to compile.
     shape = Model.of("kimi-k2.5", format_name, 8).shape
     for dtype in (torch.bfloat16, torch.float32) if arch == "sm90" else (torch.bfloat16,):
         config = counted(shape, MOST, arch, x_bytes=dtype.itemsize)
         launches += ahead.launches_of(shape, MOST, config, arch, dtype)
     schedules = {"schedule_small", "count_pairs", "sum_counts", "sort_pairs"}
-    assert require_fitting(launches, arch) >= {*schedules, "prepare", "gate_up", "down", "down_by_token", "combine"}
+    assert require_fitting(launches, arch) >= {*schedules, "prepare", "gate_up", "down", "combine"}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -20,10 +20,10 @@ BF16 = replace(SHAPE, format="bf16")
 TILES = Tiles(block_n=32, block_c=256, warps=4, stages=3, group=2)
 
 
-def table(*tokens: int, by_token: bool = False) -> Table:
+def table(*tokens: int, by_pair: bool = False) -> Table:
     made = Table(device="NVIDIA H200", versions={"triton": "3.6.0"})
     for count in tokens:
-        config = Config(block_m=16, gate_up=TILES, down=TILES, splits=count, by_token=by_token and count <= 4)
+        config = Config(block_m=16, gate_up=TILES, down=TILES, splits=count, by_pair=by_pair and count <= 4)
         made.configs.setdefault(SHAPE, {})[count] = Measured(tokens=count, microseconds=1.5 * count, config=config)
     return made
 
@@ -57,19 +57,12 @@ def test_what_was_not_measured_has_no_configuration() -> None:
 
 
 def test_pair_by_pair_is_not_stretched_to_more_tokens_than_were_timed() -> None:
-    made = table(1, 4, 16, by_token=True)
-    for count in (1, 4):
-        one = made.configs[SHAPE][count]
-        made.configs[SHAPE][count] = replace(one, config=replace(one.config, by_token=False, by_pair=True))
-    found = made.config(SHAPE, 5)
-    assert found is not None and found.is_scheduled
+    made = table(1, 4, 16, by_pair=True)
+    for count, by_pair in ((1, True), (2, True), (4, True), (5, False)):
+        found = made.config(SHAPE, count)
+        assert found is not None and found.by_pair is by_pair
     del made.configs[SHAPE][16]
     assert made.config(SHAPE, 5) is None
-
-
-def test_a_configuration_goes_without_a_schedule_in_one_way() -> None:
-    assert misfit(Config(block_m=16, gate_up=TILES, down=TILES, by_token=True, by_pair=True), BF16)
-    assert not misfit(Config(block_m=16, gate_up=TILES, down=TILES, by_pair=True), BF16)
 
 
 def test_a_program_of_down_alone_keeps_activations_and_has_nothing_else() -> None:
@@ -78,7 +71,6 @@ def test_a_program_of_down_alone_keeps_activations_and_has_nothing_else() -> Non
     assert not misfit(config, BF16) and not misfit(replace(config, by_pair=True), BF16)
     for wrong, shape, words in (
         (replace(config, gate_up=kept), BF16, "gate_up keeps no activations, so its strips must be 1"),
-        (replace(config, by_token=True), BF16, "with by_token its strips must be 1"),
         (replace(config, down=replace(kept, programs=4)), BF16, "with programs its strips must be 1"),
         (replace(config, down=replace(kept, group=8)), BF16, "with group its strips must be 1"),
         (config, replace(BF16, width=768), "at most 512 columns of the intermediate, not 768"),
@@ -121,7 +113,7 @@ def test_blocks_are_as_high_as_what_an_expert_gets(format_name: str, tokens: int
     """In powers of two, up to what fits the registers and, of FP8, was fastest."""
     shape = replace(SHAPE, format=format_name, n_slots=385, hidden_size=7168, width=256, top_k=9)
     config = default(shape, tokens, 132, x_bytes=x_bytes)
-    assert config.block_m == block_m and config.is_scheduled
+    assert config.block_m == block_m and not config.by_pair
 
 
 @pytest.mark.parametrize(
@@ -141,14 +133,7 @@ def test_blocks_of_eight_are_for_packed_numbers_where_the_device_has_them(
 def test_parts_have_as_many_steps_as_each_other(hidden: int, format_name: str) -> None:
     for tokens in (1, 2, 4, 8):
         config = default(replace(SHAPE, format=format_name, hidden_size=hidden), tokens, 132)
-        assert config.by_token or -(-hidden // config.gate_up.block_c) % config.splits == 0
-
-
-def test_token_by_token_is_not_stretched_to_more_tokens_than_were_timed() -> None:
-    with_larger = table(1, 4, 16, by_token=True).config(SHAPE, 5)
-    assert with_larger is not None
-    assert not with_larger.by_token
-    assert table(1, 4, by_token=True).config(SHAPE, 5) is None
+        assert -(-hidden // config.gate_up.block_c) % config.splits == 0
 
 
 @pytest.mark.parametrize(
@@ -202,7 +187,7 @@ def changed(change: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 1}, "has version 1, this loader reads version 2"),
+        ({"version": 1}, "has version 1, this loader reads version 3"),
         ({"version": None}, "has version None"),
         ({"device": "NVIDIA H100"}, "was measured on NVIDIA H100, this is NVIDIA H200"),
         ({"device": 7}, r"\$.device: 7 is not of type 'string'"),
