@@ -95,7 +95,7 @@ def test_sglang_interleaves_gate_and_up() -> None:
 
 def test_sglang_reads_the_packed_numbers_as_two_to_a_byte() -> None:
     one = problem(MODEL)
-    arguments = sglang._arguments(one)
+    arguments = sglang._weights(one)
     w2 = arguments["w2"]
     low, high = (w2 & 15).float() - 8, (w2 >> 4).float() - 8
     stored: Any = one.experts.w2_weight_packed

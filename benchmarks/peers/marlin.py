@@ -11,6 +11,7 @@ product, P = T * K pairs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from loader.bench.fetched import Fetched, module_at
 from loader.bench.peers import Unavailable
 from loader.bench.problem import Problem
+from loader.moe import Experts
 from loader.runs import by_rows
 
 LIBRARY = "vllm/_moe_C_stable_libtorch.abi3.so"
@@ -38,6 +40,7 @@ class Marlin:
         files.require("vllm/")
         self.files = files
         self._type_id: int | None = None
+        self._laid_out: WeakKeyDictionary[Experts, tuple[Tensor, ...]] = WeakKeyDictionary()
 
     def __call__(self, problem: Problem) -> Callable[[], Tensor]:
         model, device = problem.model, problem.x_TD.device
@@ -54,8 +57,11 @@ class Marlin:
         ids_TK = problem.topk_ids_TK
         tokens, k = ids_TK.shape
         slots, d, f = model.shape.n_slots, model.hidden_size, model.width
-        w13, w2 = repack(experts.w13_weight_packed), repack(experts.w2_weight_packed)
-        s13, s2 = (lay_scales(by_rows(s)) for s in (experts.w13_weight_scale, experts.w2_weight_scale))
+        if experts not in self._laid_out:
+            weights = (repack(w) for w in (experts.w13_weight_packed, experts.w2_weight_packed))
+            scales = (lay_scales(by_rows(s)) for s in (experts.w13_weight_scale, experts.w2_weight_scale))
+            self._laid_out[experts] = (*weights, *scales)
+        w13, w2, s13, s2 = self._laid_out[experts]
         if s13.dtype != x_TD.dtype:
             raise Unavailable(f"Marlin needs scales in the dtype of x, {x_TD.dtype}, not {s13.dtype}")
         block = next((size for size in BLOCKS if tokens * k / slots / size < 0.9), BLOCKS[-1])

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from loader.bench.fetched import Fetched, module_at
 from loader.bench.peers import Unavailable
 from loader.bench.problem import Problem
 from loader.kernels.configs import Shape
+from loader.moe import Experts
 from loader.runs import by_rows
 
 LIBRARY = "sgl_kernel/sm90/common_ops.abi3.so"
@@ -48,6 +50,7 @@ class SGLangTriton:
         self.name = "sglang-triton-tuned" if tuned else "sglang-triton"
         self.tuned, self.files = tuned, files
         self._best: dict[tuple[Shape, int], Config | None] = {}
+        self._weights: WeakKeyDictionary[Experts, dict[str, Any]] = WeakKeyDictionary()
 
     def __call__(self, problem: Problem) -> Callable[[], Tensor]:
         model, device = problem.model, problem.x_TD.device
@@ -65,7 +68,15 @@ class SGLangTriton:
             raise Unavailable(f"`{LIBRARY}` does not load into torch {torch.__version__}: {error}") from None
         utils = modules(self.files)
         self.accuracy = 0.1 if model.format == "fp8_block" else 0.02
-        arguments = _arguments(problem)
+        if problem.experts not in self._weights:
+            self._weights[problem.experts] = _weights(problem)
+        arguments = {
+            **self._weights[problem.experts],
+            "hidden_states": problem.x_TD,
+            "topk_weights": problem.topk_weights_TK,
+            "topk_ids": problem.topk_ids_TK,
+            "filter_expert": False,  # all slots are on this rank
+        }
         run = sys.modules[f"{RUNNER}.fused_moe"].fused_experts_impl
 
         def call_with(config: Config | None) -> Callable[[], Tensor]:
@@ -82,26 +93,19 @@ class SGLangTriton:
         return call_with(self._best.get(key))
 
 
-def _arguments(problem: Problem) -> dict[str, Any]:
-    """Of `fused_experts_impl`; weights interleaved here are a copy of gate and up."""
+def _weights(problem: Problem) -> dict[str, Any]:
+    """Arguments of `fused_experts_impl`; weights interleaved here are a copy of gate and up."""
     experts = problem.experts
-    common = {
-        "hidden_states": problem.x_TD,
-        "topk_weights": problem.topk_weights_TK,
-        "topk_ids": problem.topk_ids_TK,
-        "filter_expert": False,  # all slots are on this rank
-    }
     if problem.model.format == "bf16":
-        w13, w2 = interleaved(experts.w13_weight), experts.w2_weight
-        return {**common, "w1": w13, "w2": w2, "fuse_swiglu_interleaved": True}
+        return {"w1": interleaved(experts.w13_weight), "w2": experts.w2_weight, "fuse_swiglu_interleaved": True}
     if problem.model.format == "fp8_block":
         weights = {"w1": experts.w13_weight, "w2": experts.w2_weight}
         scales = {"w1_scale": experts.w13_weight_scale_inv, "w2_scale": experts.w2_weight_scale_inv}
-        return {**common, **weights, **scales, "use_fp8_w8a8": True, "block_shape": [GROUP, GROUP]}
+        return {**weights, **scales, "use_fp8_w8a8": True, "block_shape": [GROUP, GROUP]}
     # Eight numbers of a word, low nibbles first, are the same bytes as two numbers of a byte.
     weights = {"w1": experts.w13_weight_packed.view(torch.uint8), "w2": experts.w2_weight_packed.view(torch.uint8)}
     scales = {"w1_scale": by_rows(experts.w13_weight_scale), "w2_scale": by_rows(experts.w2_weight_scale)}
-    return {**common, **weights, **scales, "use_int4_w4a16": True, "block_shape": [0, 32]}
+    return {**weights, **scales, "use_int4_w4a16": True, "block_shape": [0, 32]}
 
 
 def interleaved(w13_E2FD: Tensor) -> Tensor:

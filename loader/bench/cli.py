@@ -112,8 +112,18 @@ def bench_command(
 
 @click.command("tune", short_help="Find the kernels' settings for this machine's GPU.")
 @layer_options
-@click.option("--most", default=24, show_default=True, help="Settings tried in each round of a search.")
-@click.option("--seconds", type=float, help="Stop after so long; what was found is kept, and the next run goes on.")
+@click.option(
+    "--most",
+    type=click.IntRange(min=1),
+    default=24,
+    show_default=True,
+    help="Settings tried in each round of a search; a third of them where there is something to start from.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    help="Stop after so long; what was found is kept, and the next run goes on.",
+)
 @click.pass_context
 def tune_command(
     context: click.Context,

@@ -10,8 +10,10 @@ from torch import Tensor
 from loader.bench.problem import Problem
 from loader.errors import BenchError
 from loader.kernels.configs import Config
+from loader.kernels.triton_backend import apart
 from loader.kernels.triton_layer import Launch, TritonExperts, launch
 from loader.kernels.triton_router import TritonRouter
+from loader.kernels.tuned import Table
 
 
 def call(problem: Problem, config: Config, *, launch: Launch = launch) -> Callable[[], Tensor]:
@@ -43,12 +45,7 @@ def layer_call(problem: Problem, config: Config) -> Callable[[], Tensor]:
     return lambda: experts(problem.x_TD, *router(problem.x_TD), config=config)
 
 
-def split_call(problem: Problem, routed: Config, shared: Config, *, launch: Launch = launch) -> Callable[[], Tensor]:
-    """The routed slots, added to the shared ones that were computed before by the same kernels."""
-    experts, (rest, all_of_them) = TritonExperts(problem.experts, launch=launch), problem.halves()
-
-    def run() -> Tensor:
-        base_TD = experts(problem.x_TD, all_of_them.topk_weights_TK, all_of_them.topk_ids_TK, config=shared)
-        return experts(problem.x_TD, rest.topk_weights_TK, rest.topk_ids_TK, config=routed, base_TD=base_TD)
-
-    return run
+def apart_call(problem: Problem, table: Table | None) -> Callable[[], Tensor]:
+    """The shared slots before the others, as a layer computes them from `dense_shared_from` tokens on."""
+    experts, n_shared = TritonExperts(problem.experts), problem.model.n_shared
+    return lambda: apart(experts, problem.x_TD, problem.topk_weights_TK, problem.topk_ids_TK, n_shared, table)

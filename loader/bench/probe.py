@@ -7,14 +7,24 @@ import triton.language as tl
 
 
 @triton.jit
-def read_slots(first, second, slots, out, FIRST, SECOND, tiles, BLOCK: tl.constexpr):
-    """Read FIRST and SECOND int32 words of each slot; the largest of each tile keeps the loads from being dropped."""
+def read_slots(a, b, c, d, slots, out, A, B, C, D, end_a, end_b, end_c, BLOCK: tl.constexpr):
+    """Read A words of int32 of each slot of `a`, and so forth; the largest of each tile keeps loads from being dropped.
+
+    Tiles are those of `a` up to `end_a`, then of `b` up to `end_b`, of `c` up to `end_c`, and of `d`.
+    """
     tile, slot = tl.program_id(0), tl.load(slots + tl.program_id(1)).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    if tile < tiles:
-        at += tile * BLOCK
-        words = tl.load(first + slot * FIRST + at, mask=at < FIRST, other=0)
+    if tile < end_a:
+        words = _words(a, slot, A, tile, BLOCK)
+    elif tile < end_b:
+        words = _words(b, slot, B, tile - end_a, BLOCK)
+    elif tile < end_c:
+        words = _words(c, slot, C, tile - end_b, BLOCK)
     else:
-        at += (tile - tiles) * BLOCK
-        words = tl.load(second + slot * SECOND + at, mask=at < SECOND, other=0)
+        words = _words(d, slot, D, tile - end_c, BLOCK)
     tl.store(out + tl.program_id(1) * tl.num_programs(0) + tile, tl.max(words, 0))
+
+
+@triton.jit
+def _words(source, slot, SIZE, tile, BLOCK: tl.constexpr):
+    at = tile * BLOCK + tl.arange(0, BLOCK)
+    return tl.load(source + slot * SIZE + at, mask=at < SIZE, other=0)

@@ -53,7 +53,7 @@ class Model:
     router: RouterConfig
 
     @classmethod
-    def of(cls, name: str, format_name: str, tp_size: int, *, fused: bool = True) -> Model:
+    def of(cls, name: str, format_name: str, tp_size: int) -> Model:
         """The layer of a model of `MODELS`; raises `ValueError` for an unknown one or a width that does not divide."""
         if format_name not in FORMATS:
             raise ValueError(f"unknown format `{format_name}`; there are {', '.join(FORMATS)}")
@@ -70,7 +70,7 @@ class Model:
             format=format_name,
             tp_size=tp_size,
             n_routed=routed,
-            n_shared=shared if fused else 0,
+            n_shared=shared,
             hidden_size=hidden,
             width=width // tp_size,
             router=router,

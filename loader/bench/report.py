@@ -43,13 +43,8 @@ class Point:
 
     @property
     def ours_over_floor(self) -> float:
-        """Of the faster of the two ways."""
-        return self.best_us / self.floor_us
-
-    @property
-    def best_us(self) -> float:
-        """Of the faster of the two ways, which a layer takes by its number of tokens."""
-        return min(self.ours_us, self.ours_apart_us or self.ours_us)
+        """Of the fused layout."""
+        return self.ours_us / self.floor_us
 
     def as_json(self) -> dict[str, Any]:
         """Flat, with each peer's time under its own name."""
@@ -120,9 +115,9 @@ class Report:
         return (
             f"{self.device}: copy {c.copy_bytes_per_second / 1e12:.2f} TB/s, bf16 {c.bf16_flops / 1e12:.0f} and "
             f"FP8 {c.fp8_flops / 1e12:.0f} TFLOP/s; microseconds of the experts of one layer; "
-            f"routed: fused, with the router before it\n"
+            f"layer: fused, with the router before it\n"
             f"{'shape':<14} {'tp':>3} {'format':<10} {'tokens':>6} {'floor':>9} {'fused':>9} {'apart':>9} "
-            f"{'x floor':>8} {'routed':>8}"
+            f"{'x floor':>8} {'layer':>8}"
         )
 
     def line(self, point: Point) -> str:
@@ -134,7 +129,7 @@ class Report:
             f"{point.layer_us:>8.1f}"
         )
         for name, us in point.peers.items():
-            text += f"  {name} {us:.1f} ({us / point.best_us:.2f}x)"
+            text += f"  {name} {us:.1f} ({us / point.ours_us:.2f}x)"
         return text + ("" if point.measured else "  [settings counted, not measured]")
 
     def notes(self) -> list[str]:
@@ -175,12 +170,12 @@ def draw(report: Report, path: Path) -> None:
             marker, color = MARKERS[n % len(MARKERS)], f"C{1 + n % 9}"
             # Also where it has no point, so that the figure's legend has everybody, whichever panel it is of.
             axis.plot(*(zip(*some, strict=True) if some else ([], [])), color=color, marker=marker, label=name)
-        axis.plot(tokens, [point.best_us for point in points], color="C0", marker="o", linewidth=2.5, label="ours")
+        axis.plot(tokens, [point.ours_us for point in points], color="C0", marker="o", linewidth=2.5, label="ours")
         axis.set_xticks(tokens, [str(count) for count in tokens], rotation=45)
         axis.set_xticks([], minor=True)
         axis.grid(visible=True, which="major", alpha=0.4)
         axis.grid(visible=True, which="minor", axis="y", alpha=0.15)
-    times = [us for point in report.points for us in (point.floor_us, point.best_us, *point.peers.values())]
+    times = [us for point in report.points for us in (point.floor_us, point.ours_us, *point.peers.values())]
     axes[0][0].set_ylim(min(times) / 1.5, max(times) * 1.5)
     axes[0][0].yaxis.set_major_formatter("{x:g}")
     axes[0][0].set_ylabel("microseconds of one layer's experts")

@@ -88,12 +88,10 @@ def measure(
     }
     contenders |= {"ours": capture(fused), "layer": capture(layer)}
     if model.n_shared:
-        halves = shape.routed(model.n_shared), shape.shared(model.n_shared)
-        routed, shared = (configuration(half, x_TD, table) for half in halves)
-        split = [ours.split_call(problem, routed, shared) for problem in some]
-        _require_close(split[0](), reference, allowed, "ours, apart")
-        contenders["apart"] = capture(split)
-    captured, absent = _of_peers(peers, some[: len(layers)], reference)
+        apart = [ours.apart_call(problem, table) for problem in some]
+        _require_close(apart[0](), reference, allowed, "ours, apart")
+        contenders["apart"] = capture(apart)
+    captured, absent = _of_peers(peers, some, reference)
     us = in_turns(contenders | captured)
     memory = min(us[name] for name in probes)
     return Point(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import itertools
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 
 Key = TypeVar("Key", bound=Hashable)
 
-REPLAYS = 9
+REPLAYS = 10
 GRAPH_MILLISECONDS = 1.0
 """What one replay should last at least, so that starting it costs nothing."""
 MOST_REPEATS = 16
@@ -37,9 +37,14 @@ def capture(calls: Sequence[Callable[[], object]]) -> Captured:
     """
     for call in calls[:2]:
         call()
+    once = _graph(calls, 1)
+    repeats = max(1, min(MOST_REPEATS, int(GRAPH_MILLISECONDS / max(_elapsed(once), 1e-3))))
+    return Captured(once if repeats == 1 else _graph(calls, repeats), calls, repeats)
+
+
+def _graph(calls: Sequence[Callable[[], object]], repeats: int) -> Callable[[], object]:
+    """Replays them; it was replayed once."""
     torch.cuda.synchronize()
-    once = _elapsed(lambda: [call() for call in calls])
-    repeats = max(1, min(MOST_REPEATS, int(GRAPH_MILLISECONDS / max(once, 1e-3))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(repeats):
@@ -47,19 +52,21 @@ def capture(calls: Sequence[Callable[[], object]]) -> Captured:
                 call()
     graph.replay()
     torch.cuda.synchronize()
-    return Captured(graph.replay, calls, repeats)
+    return graph.replay
 
 
 def in_turns(contenders: Mapping[Key, Captured], replays: int = REPLAYS) -> dict[Key, float]:
     """Microseconds of one call of each, the median of its replays; one replay of each, then the next.
 
-    A device's clock changes with its load, by several percent within seconds: what is compared must share it. Every
-    round has another order, for whoever comes behind a light one finds a cooler device.
+    A device's clock changes with its load, by several percent within seconds: what is compared must share it. Who
+    begins changes from round to round, and every second round goes the other way: whoever comes behind a light one
+    finds a cooler device.
     """
-    draw = random.Random(0)
     times: dict[Key, list[float]] = {name: [] for name in contenders}
-    for _ in range(replays):
-        for name in draw.sample(list(contenders), len(contenders)):
+    for turn in range(replays):
+        first = turn // 2 % max(1, len(contenders))
+        order = [*contenders][first:] + [*contenders][:first]
+        for name in reversed(order) if turn % 2 else order:
             times[name].append(_elapsed(contenders[name].replay))
     return {
         name: statistics.median(times[name]) / (one.repeats * len(one.calls)) * 1e3 for name, one in contenders.items()
@@ -135,27 +142,25 @@ def probe(parameters: Sequence[Tensor], slots: Tensor, block: int = 8192) -> Cal
 
     It gives the largest word of each tile, as int32.
 
-    `parameters` are stacked ``(E, ...)``; `slots` are distinct, int64; a program reads `block` words.
+    `parameters`, four at most, are stacked ``(E, ...)``, with whole words of 4 bytes to a slot; `slots` are distinct,
+    int64; a program reads `block` words.
     """
     from loader.bench.probe import read_slots
 
-    rows = [parameter.view(torch.uint8).view(len(parameter), -1) for parameter in parameters]
-    # The two large ones; scales are a few percent of them.
-    first, second = sorted(rows, key=lambda row: -row.shape[1])[:2]
-    words = [row.view(torch.int32) for row in (first, second)]
-    tiles = [-(-word.shape[1] // block) for word in words]
-    out = torch.empty(sum(tiles) * len(slots), dtype=torch.int32, device=slots.device)
+    words = [parameter.view(torch.uint8).view(len(parameter), -1).view(torch.int32) for parameter in parameters]
+    sizes = [one.shape[1] for one in words] + [0] * (4 - len(words))
+    words += words[:1] * (4 - len(words))  # of which nothing is read
+    ends = list(itertools.accumulate(-(-size // block) for size in sizes))
+    out = torch.empty(ends[-1] * len(slots), dtype=torch.int32, device=slots.device)
     ids = slots.int()
 
     def read() -> Tensor:
-        read_slots[(sum(tiles), len(ids))](
-            words[0],
-            words[1],
+        read_slots[(ends[-1], len(ids))](
+            *words,
             ids,
             out,
-            words[0].shape[1],
-            words[1].shape[1],
-            tiles[0],
+            *sizes,
+            *ends[:-1],
             BLOCK=block,
             num_warps=8 if block >= 8192 else 4,
         )

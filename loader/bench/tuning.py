@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from loader.bench.run import layers_of, problems_of
 from loader.bench.shown import Shown
 from loader.bench.timing import capture, in_turns
 from loader.bench.tune import search
-from loader.kernels.configs import Config, Shape
+from loader.errors import TableError
+from loader.kernels.configs import Config, Shape, misfit
 from loader.kernels.tuned import Measured, Table, file_name, find_table
 
 
@@ -37,7 +38,14 @@ def tune(
     device = torch.cuda.get_device_name()
     path = folder / file_name(device)
     table = find_table(device, folder) or Table(device=device, versions={})
-    table.versions = {**table.versions, "torch": torch.__version__, "triton": triton.__version__}
+    here = {"torch": torch.__version__, "triton": triton.__version__}
+    before = {name: table.versions[name] for name in here if name in table.versions}
+    if table.configs and before != {name: here[name] for name in before}:
+        raise TableError(
+            f"`{path}` was measured with {_listed(before)}, here are {_listed(here)}; what one table has must be "
+            "comparable: give another folder with --tables"
+        )
+    table.versions = {**table.versions, **here}
     for model in models:
         missing = [count for count in tokens if not _is_complete(table, model, count)]
         if not missing:
@@ -55,6 +63,10 @@ def tune(
         del layers
         torch.cuda.empty_cache()
     return True
+
+
+def _listed(versions: Mapping[str, str]) -> str:
+    return " and ".join(f"{name} {version}" for name, version in sorted(versions.items()))
 
 
 def _shapes(model: Model) -> list[Shape]:
@@ -88,14 +100,13 @@ def _tune_one(
             best = search(some, shape, most=max(4, most // 3) if start else most, start=start, done=tried)
             _note(table, shape, Measured(tokens=tokens, microseconds=round(best.microseconds, 3), config=best.config))
             save()
-    fused, *halves = (table.configs[shape][tokens] for shape in shapes)
-    if not halves:
+    fused = table.configs[model.shape][tokens]
+    if not model.n_shared:
         return f"{_name(model, tokens)}: {fused.microseconds:.1f} us"
-    routed, shared = (half.config for half in halves)
     us = in_turns(
         {
             "fused": capture([ours.call(problem, fused.config) for problem in problems]),
-            "apart": capture([ours.split_call(problem, routed, shared) for problem in problems]),
+            "apart": capture([ours.apart_call(problem, table) for problem in problems]),
         }
     )
     together, apart = us["fused"], us["apart"]
@@ -109,7 +120,7 @@ def _of_others(table: Table, shape: Shape, tokens: int) -> list[Config]:
     found = (
         measured[tokens].config
         for other, measured in table.configs.items()
-        if other.format == shape.format and tokens in measured
+        if other.format == shape.format and tokens in measured and not misfit(measured[tokens].config, shape)
     )
     return list(dict.fromkeys(found))
 

@@ -200,6 +200,10 @@ def misfit(config: Config, shape: Shape) -> str | None:
             return f"{shape.format} is unpacked into the left operand, so tokens_left of {half} must be false"
         if tiles.tokens_left and shape.format == "fp8_block" and tiles.block_n > 128:
             return f"with tokens_left a tile of {half} has one scale, so block_n is 128 at most, not {tiles.block_n}"
+        if shape.format == "fp8_block" and tiles.block_c != 128:
+            return f"a step of fp8_block is one block, so block_c of {half} is 128, not {tiles.block_c}"
+        if shape.format in PACKED and tiles.block_c < 64:
+            return f"a step of {shape.format} is four streams of 16 columns, so block_c of {half} is 64 at least"
     return None
 
 

@@ -13,22 +13,39 @@ from loader.kernels.tuned import Table
 
 
 def run(x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor, weights: ExpertWeights) -> Tensor:
-    """The sum over all slots, in the dtype of x. Fusing is a layout, so that each batch goes the faster way.
+    """The sum over all slots, in the dtype of x. Fusing is a layout, so that each batch goes the faster way."""
+    experts = TritonExperts(weights)
+    if weights.n_shared and 0 < weights.dense_shared_from <= len(x_TD):
+        return apart(experts, x_TD, topk_weights_TK, topk_ids_TK, weights.n_shared, weights.table)
+    config = configuration(experts.shape(topk_ids_TK.shape[1]), x_TD, weights.table)
+    return experts(x_TD, topk_weights_TK, topk_ids_TK, config=config)
 
-    Small batches go to the shared slots as to all others. Large ones compute them as dense products, which use the
-    whole device at once where the grouped product of many experts is cut into small tiles.
+
+def apart(
+    experts: TritonExperts,
+    x_TD: Tensor,
+    topk_weights_TK: Tensor,
+    topk_ids_TK: Tensor,
+    n_shared: int,
+    table: Table | None,
+) -> Tensor:
+    """The same sum with the last `n_shared` slots computed before the others, to whose sum theirs is added.
+
+    All tokens go to them: plain numbers are two products of torch's then, which use the whole device where the grouped
+    product of many experts is cut into small tiles; other formats have our kernels on these slots alone.
     """
-    experts, (tokens, k) = TritonExperts(weights), topk_ids_TK.shape
-    if not weights.n_shared or not weights.dense_shared_from or tokens < weights.dense_shared_from:
-        return experts(x_TD, topk_weights_TK, topk_ids_TK, config=configuration(experts.shape(k), x_TD, weights.table))
-    routed = k - weights.n_shared
-    shared_TD = _dense(x_TD, topk_weights_TK[:, routed:], topk_ids_TK[:, routed:], weights, experts)
-    shape = experts.shape(k).routed(weights.n_shared)
+    routed = topk_ids_TK.shape[1] - n_shared
+    shape = experts.shape(routed + n_shared)
+    weights_TS, ids_TS = topk_weights_TK[:, routed:], topk_ids_TK[:, routed:]
+    if experts.kind == "plain" and experts.w13.dtype == x_TD.dtype and experts.bias13 is None:
+        shared_TD = _dense(experts, x_TD, weights_TS)
+    else:
+        shared_TD = experts(x_TD, weights_TS, ids_TS, config=configuration(shape.shared(n_shared), x_TD, table))
     return experts(
         x_TD,
         topk_weights_TK[:, :routed],
         topk_ids_TK[:, :routed],
-        config=configuration(shape, x_TD, weights.table),
+        config=configuration(shape.routed(n_shared), x_TD, table),
         base_TD=shared_TD,
     )
 
@@ -42,15 +59,14 @@ def configuration(shape: Shape, x_TD: Tensor, table: Table | None) -> Config:
     return measured or counted(shape, x_TD)
 
 
-def _dense(x_TD: Tensor, weights_TS: Tensor, ids_TS: Tensor, weights: ExpertWeights, experts: TritonExperts) -> Tensor:
-    """The shared slots' weighted sum, ``(T, D)``."""
-    if experts.kind != "plain" or experts.w13.dtype != x_TD.dtype or experts.bias13 is not None:
-        shape = experts.shape(ids_TS.shape[1]).shared(weights.n_shared)
-        return experts(x_TD, weights_TS, ids_TS, config=configuration(shape, x_TD, weights.table))
-    total_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-    for s in range(weights.n_shared):
-        slot = experts.n_slots - weights.n_shared + s
+def _dense(experts: TritonExperts, x_TD: Tensor, weights_TS: Tensor) -> Tensor:
+    """The weighted sum of the last S slots of plain numbers, ``(T, D)``, by torch's products."""
+    n_shared = weights_TS.shape[1]
+    parts = []
+    for slot, weight_T in enumerate(weights_TS.T, experts.n_slots - n_shared):
         gate_TF, up_TF = F.linear(x_TD, experts.w13[slot]).chunk(2, dim=-1)
-        y_TD = F.linear(weights.config.gated(gate_TF, up_TF), experts.w2[slot])
-        total_TD += y_TD * weights_TS[:, s : s + 1]
-    return total_TD
+        # Weighed before the product, where a row is shortest; what weighs nothing adds nothing, be it NaN.
+        weight_T1 = weight_T[:, None]
+        hidden_TF = torch.where(weight_T1 == 0, 0, experts.config.gated(gate_TF, up_TF) * weight_T1)
+        parts.append(F.linear(hidden_TF.to(x_TD.dtype), experts.w2[slot]))
+    return parts[0] if n_shared == 1 else torch.stack(parts).sum(0, dtype=torch.float32)

@@ -73,7 +73,7 @@ class TritonExperts:
         self.bias13, self.bias2 = weights.w13_bias, weights.w2_bias
         self.n_slots, self.width = self.w13.shape[0], self.w13.shape[1] // 2
         self.hidden_size = self.w2.shape[1]
-        self.format = layout.name
+        self.format, self.config = layout.name, config
         self.activation: Mapping[str, Any] = {
             "LIMIT": config.limit,
             "ALPHA": 1.0 if config.alpha is None else config.alpha,
@@ -104,7 +104,7 @@ class TritonExperts:
         Accumulates in float32; raises `ValueError` for inputs that do not belong together.
         """
         tokens, k = topk_ids_TK.shape
-        self._require_fitting(x_TD, topk_weights_TK, topk_ids_TK)
+        self._require_fitting(x_TD, topk_weights_TK, topk_ids_TK, base_TD)
         x_TD, ids, router = x_TD.contiguous(), topk_ids_TK.contiguous(), topk_weights_TK.contiguous()
         y_TD = torch.empty_like(x_TD)
         if not tokens or not k:
@@ -120,7 +120,7 @@ class TritonExperts:
             pairs_PD,
             ids,
             router,
-            base_TD if base_TD is not None else pairs_PD,
+            base_TD.contiguous() if base_TD is not None else pairs_PD,
             y_TD,
             self.n_slots,
             self.hidden_size,
@@ -130,7 +130,9 @@ class TritonExperts:
         )
         return y_TD
 
-    def _require_fitting(self, x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor) -> None:
+    def _require_fitting(
+        self, x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor, base_TD: Tensor | None
+    ) -> None:
         tokens, k = topk_ids_TK.shape
         if x_TD.shape != (tokens, self.hidden_size):
             raise ValueError(f"x is {list(x_TD.shape)}, expected {[tokens, self.hidden_size]}")
@@ -142,9 +144,12 @@ class TritonExperts:
             raise ValueError(f"x is {x_TD.dtype}, expected bfloat16, float16 or float32")
         if x_TD.dtype != torch.float32 and self.kind == "plain" and self.w13.dtype != x_TD.dtype:
             raise ValueError(f"x is {x_TD.dtype}, the weights are {self.w13.dtype}; give x in that, or in float32")
-        devices = {each.device for each in (x_TD, topk_weights_TK, topk_ids_TK, self.w13)}
+        if base_TD is not None and base_TD.shape != x_TD.shape:
+            raise ValueError(f"base is {list(base_TD.shape)}, expected {list(x_TD.shape)}, as x is")
+        given = [x_TD, topk_weights_TK, topk_ids_TK, self.w13, *([] if base_TD is None else [base_TD])]
+        devices = {each.device for each in given}
         if len(devices) > 1:
-            raise ValueError(f"x, topk_weights, topk_ids and weights are on {sorted(map(str, devices))}, expected one")
+            raise ValueError(f"what a call gets and the weights are on {sorted(map(str, devices))}, expected one")
         most = tokens * k * -(-max(self.hidden_size, self.width) // 16)
         if most > MOST_WORK:
             raise ValueError(f"{tokens} tokens of {k} slots are more work than one call takes; split the batch")

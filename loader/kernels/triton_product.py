@@ -63,10 +63,10 @@ def activations(
 ):
     """C columns of a block of x, of COLUMNS, from ``step * C`` on, as `add_product` takes them.
 
-    `place` are rows of x ``(M,)``, 0 where they are not `here_M`; EVEN: no step goes beyond COLUMNS. FORMAT: ``plain``
-    numbers, one tile ``(M, C)``; ``fp8_block``, with a factor of each row from `x_scale`, which has one to 128 columns
-    (float32 numbers have none); ``int4_g32`` or ``mxfp4``, for which x lies by streams (`prepare`), so that each is
-    copied to shared memory as it lies: four tiles ``(M, C / 4)``.
+    `place` are rows of x ``(M,)``, not read where they are not `here_M`; EVEN: no step goes beyond COLUMNS. FORMAT:
+    ``plain`` numbers, one tile ``(M, C)``; ``fp8_block``, with a factor of each row from `x_scale`, which has one to
+    128 columns (float32 numbers have none); ``int4_g32`` or ``mxfp4``, for which x lies by streams (`prepare`), so that
+    each is copied to shared memory as it lies: four tiles ``(M, C / 4)``.
     """
     if FORMAT == "plain" or FORMAT == "fp8_block":
         c = step * C + tl.arange(0, C)

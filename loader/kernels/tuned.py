@@ -133,7 +133,9 @@ def read_table(path: Path, device: str | None = None) -> Table:
     if fault is not None:
         raise TableError(f"`{path}` is no table of configurations: {fault.json_path}: {fault.message}; {again}")
     if device is not None and raw["device"] != device:
-        raise TableError(f"`{path}` was measured on {raw['device']}, this is {device}; {again}")
+        raise TableError(
+            f"`{path}` was measured on {raw['device']}, this is {device}; give another folder with --tables"
+        )
     table = Table(device=raw["device"], versions=raw["versions"], path=path)
     for each in raw["shapes"]:
         shape = Shape(**{f.name: each[f.name] for f in fields(Shape)})

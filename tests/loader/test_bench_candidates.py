@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 from loader.bench.candidates import candidates, fewer_registers, some_tiles, tiles
 from loader.bench.problem import FORMATS, Model
 from loader.kernels.configs import HOPPER_SHARED_BYTES as SHARED_BYTES
-from loader.kernels.configs import PACKED, Config, Shape, Tiles, default
+from loader.kernels.configs import PACKED, Config, Shape, Tiles, default, misfit
 from loader.kernels.tuned import SCHEMA, Measured, Table
 
 VALIDATOR = Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
@@ -35,6 +35,7 @@ def shapes(format_name: str) -> list[Shape]:
 
 
 def require_valid(shape: Shape, configs: list[Config]) -> None:
+    assert not any(misfit(config, shape) for config in configs)
     measured = {n: Measured(tokens=n, microseconds=1.0, config=config) for n, config in enumerate(configs, 1)}
     VALIDATOR.validate(Table(device="NVIDIA H200", versions={}, configs={shape: measured}).as_json())
 

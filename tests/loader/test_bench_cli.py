@@ -115,6 +115,13 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
     assert "matplotlib is not installed here: --plot draws with it; `pip install matplotlib`" in done.output
 
 
+@pytest.mark.parametrize("option", [["--most", "0"], ["--most", "-1"], ["--seconds", "-5"]])
+def test_less_than_one_setting_or_no_time_is_a_sentence(option: list[str]) -> None:
+    done = run("tune", *GOOD, *option)
+    assert done.exit_code == 2
+    assert f"Invalid value for '{option[0]}': {option[1]}" in done.output
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [('{"version": 3, "dev', "is torn"), ('{"version": 7}', "has version 7, this loader reads version 3")],

@@ -93,7 +93,7 @@ def test_settings_of_a_table_are_used_and_said(bench: Any) -> None:
     assert found.config == asdict(config)
 
 
-@pytest.mark.parametrize("half", ["call", "split_call", "layer_call"])
+@pytest.mark.parametrize("half", ["call", "apart_call", "layer_call"])
 def test_a_wrong_kernel_is_refused_before_it_is_timed(bench: Any, monkeypatch: pytest.MonkeyPatch, half: str) -> None:
     right = getattr(bench.ours, half)
 

@@ -290,6 +290,31 @@ def test_what_only_lacks_the_comparison_gets_it(run: Callable[..., Any], tmp_pat
     assert table(tmp_path).configs[model().shape][1].apart_microseconds == 25.5
 
 
+def test_a_wide_stack_starts_at_no_setting_of_a_narrow_one_that_it_can_not_have(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Where `down` keeps activations; it does so up to 512 columns."""
+    kept, walks = (replace(default(SHAPE, 16, 132), down=replace(GOAL.down, strips=n)) for n in (4, 1))
+    one = {SHAPE: {16: Measured(tokens=16, microseconds=5.0, config=kept)}}
+    one[replace(SHAPE, n_slots=257)] = {16: Measured(tokens=16, microseconds=5.0, config=walks)}
+    Table(device=DEVICE, versions={}, configs=one).save(tmp_path / file_name(DEVICE))
+    _, _, searches = run([model(n_shared=0)], [16])
+    assert {kept, walks} == set(searches.starts[0])
+    _, _, searches = run([model(n_shared=0, width=768)], [16])
+    assert kept not in searches.starts[0] and walks in searches.starts[0]
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_a_table_of_other_versions_is_not_added_to(run: Callable[..., Any], tmp_path: Path, name: str) -> None:
+    run([model()], [1])
+    made = table(tmp_path)
+    made.versions = {**made.versions, name: "1.0"}
+    made.save(tmp_path / file_name(DEVICE))
+    with pytest.raises(TableError, match=rf"was measured with .*{name} 1.0.*, here are .*another folder with --tables"):
+        run([model()], [1, 4])
+    assert table(tmp_path).configs == made.configs
+
+
 def test_other_stacks_of_the_table_stay(run: Callable[..., Any], tmp_path: Path) -> None:
     one = Measured(tokens=16, microseconds=5.0, config=default(SHAPE, 16, 132))
     Table(device=DEVICE, versions={"driver": "570"}, configs={SHAPE: {16: one}}).save(tmp_path / file_name(DEVICE))

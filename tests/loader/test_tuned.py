@@ -187,9 +187,8 @@ def changed(change: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 1}, "has version 1, this loader reads version 3"),
+        ({"version": 2, "shapes.0.configs.0.config.by_token": True}, "has version 2, this loader reads version 3"),
         ({"version": None}, "has version None"),
-        ({"device": "NVIDIA H100"}, "was measured on NVIDIA H100, this is NVIDIA H200"),
         ({"device": 7}, r"\$.device: 7 is not of type 'string'"),
         ({"shapes": {}}, r"\$.shapes: {} is not of type 'array'"),
         ({"shapes.0.width": None}, r"\$.shapes\[0\]: 'width' is a required property"),
@@ -208,17 +207,29 @@ def test_a_table_of_another_kind_is_refused(tmp_path: Path, change: dict[str, An
     assert "moe-loader tune" in str(error.value)
 
 
+def test_a_table_of_another_device_is_not_to_be_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    table(1).save(path)
+    says = r"t.json` was measured on NVIDIA H200, this is NVIDIA H100; give another folder with --tables$"
+    with pytest.raises(TableError, match=says):
+        read_table(path, "NVIDIA H100")
+
+
 @pytest.mark.parametrize(
-    ("format_name", "block_n", "says"),
+    ("format_name", "change", "says"),
     [
-        ("int4_g32", 64, "int4_g32 with 4 tokens: int4_g32 is unpacked into the left operand"),
-        ("fp8_block", 256, "fp8_block with 4 tokens: with tokens_left a tile of down has one scale"),
+        ("int4_g32", {"tokens_left": True}, "int4_g32 with 4 tokens: int4_g32 is unpacked into the left operand"),
+        ("fp8_block", {"tokens_left": True, "block_n": 256}, "with tokens_left a tile of down has one scale"),
+        ("fp8_block", {"block_c": 64}, "a step of fp8_block is one block, so block_c of down is 128, not 64"),
+        ("mxfp4", {"block_c": 32}, "a step of mxfp4 is four streams of 16 columns, so block_c of down is 64 at least"),
     ],
 )
-def test_a_table_that_no_kernel_could_run_is_refused(tmp_path: Path, format_name: str, block_n: int, says: str) -> None:
+def test_a_table_that_no_kernel_could_run_is_refused(
+    tmp_path: Path, format_name: str, change: dict[str, Any], says: str
+) -> None:
     shape = Shape(format=format_name, n_slots=8, hidden_size=512, width=256, top_k=2)
     config = default(shape, 4, 132)
-    config = replace(config, down=replace(config.down, block_n=block_n, tokens_left=True))
+    config = replace(config, down=replace(config.down, **change))
     made = table()
     made.configs[shape] = {4: Measured(tokens=4, microseconds=1.0, config=config)}
     made.save(tmp_path / "t.json")
@@ -252,6 +263,7 @@ def test_the_counted_configuration_fits_any_shape(format_name: str, tokens: int)
     for width, hidden, slots, top_k in ((256, 7168, 385, 9), (2048, 7168, 257, 9), (32, 64, 2, 1), (96, 2880, 32, 4)):
         shape = Shape(format=format_name, n_slots=slots, hidden_size=hidden, width=width, top_k=top_k)
         config = default(shape, tokens, 132)
+        assert not misfit(config, shape)
         made = table()
         made.configs[shape] = {tokens: Measured(tokens=tokens, microseconds=1.0, config=config)}
         Draft202012Validator(json.loads(tuned.SCHEMA.read_text(encoding="utf-8"))).validate(made.as_json())
