@@ -24,8 +24,12 @@ from gatekeeper.values import Readings, Values, plain
 def decide(rules: RuleSet, facts: Facts, features: Iterable[str] | None = None) -> Decisions:
     """Decide every feature of a rule set (or those named), and log one event each.
 
-    Raises `FactError` where a named feature does not exist.
+    Raises `FactError` where a named feature does not exist, and for facts that were read without some that these rules
+    ask for.
     """
+    if isinstance(features, str):
+        raise FactError(f"`features` is the text `{features}`; expected a list of names, such as [`{features}`]")
+    _require_same_facts(rules, facts)
     names = list(rules.features if features is None else features)
     for name in names:
         if name not in rules.features:
@@ -41,6 +45,23 @@ def decide(rules: RuleSet, facts: Facts, features: Iterable[str] | None = None) 
             decisions[name] = with_remedies(decided[name], facts, partial(decide_again, rules, name))
         log.decided(decisions[name])
     return Decisions(decisions)
+
+
+def _require_same_facts(rules: RuleSet, facts: Facts) -> None:
+    """A fact that nobody looked for would stay unknown for ever."""
+    if facts.catalogue is rules.catalogue:
+        return
+    lacking = sorted(name for name in rules.catalogue if name not in facts.catalogue)
+    if lacking:
+        raise FactError(
+            f"these facts were read without {_few(lacking)}, which the rule set `{rules.name}` asks for; read them "
+            "with it: `read_facts(…, rules=rules)`"
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"`{name}`" for name in names[:3]) + more
 
 
 def _decided(rules: RuleSet, facts: Facts, names: Iterable[str]) -> dict[str, Decision]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from gatekeeper.errors import RefusedError
 from gatekeeper.rules import Mode, Protects
+from gatekeeper.source import nearest
 from gatekeeper.values import Missing, Value, plain
 
 State = Literal["on", "off", "mixed", "pending", "error"]
@@ -221,6 +222,8 @@ class Decisions(Mapping[str, Decision]):
         self._decisions = dict(decisions)
 
     def __getitem__(self, feature: str) -> Decision:
+        if feature not in self._decisions:
+            raise KeyError(f"no decision of `{feature}`{nearest(feature, self._decisions)}")
         return self._decisions[feature]
 
     def __iter__(self) -> Iterator[str]:

@@ -255,7 +255,7 @@ class Judge:
             rule = judged.requirement.rule
             names = self._unknown(rule)
             on = _listed(names) or "the MoE layers"
-            reason = f"Depends on {on}, not known yet (stage {self._stage(rule)}). {reason}"
+            reason = f"Depends on {on}, not known yet (stage {self._stage(rule)}). Should it fail: {reason}"
         elif forced:
             reason += " A request does not waive this."
         return Verdict(state, judged.requirement.rule.id, reason)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loader.errors import BuildError, PlanError, PlanFault, StaleDecisionError, VerificationError
     from loader.load import load_moe
     from loader.make_checkpoint import Recipe, make_checkpoint
+    from loader.measured import read_facts
     from loader.moe import MoELayer
     from loader.plan import LayerPlan, Placement, Plan, Rank
     from loader.planner import build_plan
@@ -46,6 +47,7 @@ __all__ = [
     "make_checkpoint",
     "plan_of_rank",
     "prepare",
+    "read_facts",
     "verify",
 ]
 
@@ -54,6 +56,7 @@ _HOMES = {
     "errors": ("BuildError", "PlanError", "PlanFault", "StaleDecisionError", "VerificationError"),
     "load": ("load_moe",),
     "make_checkpoint": ("Recipe", "make_checkpoint"),
+    "measured": ("read_facts",),
     "moe": ("MoELayer",),
     "plan": ("LayerPlan", "Placement", "Plan", "Rank"),
     "planner": ("build_plan",),

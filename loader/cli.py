@@ -20,7 +20,6 @@ from gatekeeper import (
     RuleSet,
     Runner,
     decide,
-    join,
     load_rules,
     open_target,
     runners_of,
@@ -49,7 +48,7 @@ def target_options(command: F) -> F:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
         click.option("--strict", is_flag=True, help="Exit 3 where a decision is pending."),
-        tables_option,
+        tables_option(exists=True),
         click.option(
             "--overlay",
             "overlays",
@@ -103,14 +102,10 @@ class Target:
             yield facts, decide(self.rules, facts)
 
     def _facts(self, runner: Runner) -> Facts:
-        how: Any = {"platform": self.platform, "settings": self.settings, "rules": self.rules}
-        facts = join(self.reading, runner=runner, **how)
-        if not isinstance(facts.values.get("platform.device_name"), str):
-            return facts
-        # Which settings were measured depends on the sizes, which are facts: they are joined once more.
-        from loader.measured import measured_facts
+        from loader.measured import joined
 
-        return join(self.reading, runner=runner, engine=measured_facts(facts, self.tables), **how)
+        how: Any = {"platform": self.platform, "settings": self.settings, "rules": self.rules}
+        return joined(self.reading, runner=runner, tables=self.tables, **how)
 
 
 def _target(
@@ -157,7 +152,7 @@ def plan_command(
 ) -> None:
     """Decide and plan, reading nothing but headers; CHECKPOINT may be a config.json alone.
 
-    Exit 1 where the planned weights do not fit the device, if its memory is known.
+    Exit 1 where the experts can't be divided so, or the planned weights do not fit the device, if its memory is known.
     """
     device_bytes = _memory(memory)
     target = _target(checkpoint, platform, settings, runner, rules_folder, overlays, tables)
@@ -210,7 +205,8 @@ def _fit(
         _print_json({"checkpoint": checkpoint, "runners": answers, "memory": memory})
     elif found is not None:
         click.echo("\n".join(found.lines()))
-    return BAD_NEWS if found is not None and not found.fits else INCOMPLETE if incomplete else 0
+    is_bad = any(plan.per_rank.nbytes is None for plan in plans) or (found is not None and not found.fits)
+    return BAD_NEWS if is_bad else INCOMPLETE if incomplete else 0
 
 
 @group.command("load", short_help="Load the layers, and compare them with the checkpoint.")
@@ -255,6 +251,9 @@ def load_command(
             answers.append(answer | {"verified": [asdict(one) for one in found] if verifies else None})
             continue
         _say(decisions, prepared.plan.lines())
+        ranks = prepared.plan.per_rank
+        if rank is None and ranks.tp_size > 1:
+            click.echo(f"  no --rank: all of every layer, not the share of one of {ranks.tp_size} ranks")
         click.echo(
             f"  loaded {count(len(layers), 'layer')} on {device}: every slot written once, every tensor used once"
         )

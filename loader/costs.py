@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from loader.formats import Layout
-from loader.text import human
+from loader.text import count, human
 
 if TYPE_CHECKING:
     from loader.plan import LayerPlan, ParamSpec
@@ -49,7 +49,7 @@ class RankBytes:
             return f"{where}can't be divided: {self.note}"
         parts = (("experts", self.experts), ("shared experts", self.shared), ("routers", self.routers))
         listed = ", ".join(f"{what} {human(size)}" for what, size in parts if size)
-        return f"{where}{human(self.nbytes)} ({listed})"
+        return f"{where}{human(self.nbytes)}{f' ({listed})' if listed else ''}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +82,8 @@ class FusionCost:
                 return "fusion: no layer has a shared expert"
             word = "less" if self.unfused_bytes_per_rank < 0 else "more"
             return (
-                f"fusion: off in all {self.layers_separate} layers with a shared expert; in slots they would take "
-                f"{human(abs(self.unfused_bytes_per_rank))} {word} on each rank"
+                f"fusion: off in all {count(self.layers_separate, 'layer')} with a shared expert; in slots they would "
+                f"take {human(abs(self.unfused_bytes_per_rank))} {word} on each rank"
             )
         return (
             f"fusion: in {self.layers_fused} of {self.layers_fused + self.layers_separate} layers saves "

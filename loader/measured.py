@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from gatekeeper import Facts, Reading
+from gatekeeper import CheckpointReading, Facts, Reading, RuleSet, Runner, join, load_rules, open_target
 from loader.kernels.configs import KINDS, Shape
 from loader.kernels.tuned import SHIPPED, file_name, find_table
 
@@ -15,6 +16,30 @@ SIZES = {
     "width": "moe.shard_width",
     "top_k": "model.num_experts_per_tok",
 }
+
+
+def read_facts(
+    target: Path | str,
+    *,
+    runner: Runner = "target",
+    platform: str | None = None,
+    set: Mapping[str, Any] | None = None,  # noqa: A002  # the word of the command line, `--set`
+    rules: RuleSet | None = None,
+    tables: Path | None = None,
+) -> Facts:
+    """`gatekeeper.read_facts` for who loads with this loader: with what it knows of itself (`measured_facts`)."""
+    rules = rules or load_rules()
+    checkpoint = open_target(target, rules)
+    return joined(checkpoint, runner=runner, platform=platform, settings=set, rules=rules, tables=tables)
+
+
+def joined(checkpoint: CheckpointReading, *, tables: Path | None, **how: Any) -> Facts:
+    """`gatekeeper.join` of a checkpoint, how it is loaded, and `measured_facts`."""
+    facts = join(checkpoint, **how)
+    if not isinstance(facts.values.get("platform.device_name"), str):
+        return facts
+    # Which settings were measured depends on the sizes, which are facts: they are joined once more.
+    return join(checkpoint, engine=measured_facts(facts, tables), **how)
 
 
 def measured_facts(facts: Facts, tables: Path | None = None) -> Mapping[str, Reading]:

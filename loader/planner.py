@@ -50,7 +50,8 @@ def build_plan(
     _require_supported(family)
     router, experts = router_config(family, facts.values), expert_config(family, facts.values)
     widths = _widths(facts.values)
-    _require_plausible(widths, index, tensors)
+    if tensors:
+        _require_plausible(widths, index, tensors)
     faults = [PlanFault(layer=-1, tensor=f.shard, code="header", problem=f.problem) for f in index.faults]
     faults += _layer_faults(family, facts, tensors)
     blocks = _blocks(index, [layer.name for layer in tensors])

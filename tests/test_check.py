@@ -74,7 +74,7 @@ def test_lints_are_warnings_and_with_strict_errors(linted: str) -> None:
     assert result.exit_code == 0
     assert ": warning[reason-without-value]: the reason of `enough` names no actual value" in result.stdout
     assert re.fullmatch(r"\d+ warnings\n", result.stderr)
-    assert "small 1: 1 features" in result.stdout
+    assert "small 1: 1 feature, 1 gate, 1 requirement, " in result.stdout
     strict = gatekeeper("check", "--rules", linted, "--strict")
     assert strict.exit_code == 1
     assert strict.stdout.splitlines()[:4] == result.stdout.replace("warning[", "error[").splitlines()[:4]

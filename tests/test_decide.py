@@ -384,6 +384,32 @@ def test_every_consumer_can_require_what_was_decided() -> None:
             decide(small, from_record(small.catalogue, {"facts": facts})).require()
 
 
+def test_one_name_is_no_list_of_names() -> None:
+    small = rules()
+    says = r"`features` is the text `fused`; expected a list of names, such as \[`fused`\]"
+    with pytest.raises(FactError, match=says):
+        decide(small, from_record(small.catalogue, {}), "fused")
+
+
+def test_facts_that_were_read_without_what_the_rules_ask_for_are_refused() -> None:
+    """They would be unknown for ever, and the feature pending."""
+    facts = from_record(rules().catalogue, {"facts": {"model.n": 4}})
+    later = "facts:\n  model.later: {type: integer, doc: A later number., from: [later], given_by: [config]}\n"
+    more = parse_rule_set({**files(), "facts/more.yaml": later})
+    with pytest.raises(
+        FactError, match=r"read without `model.later`, which the rule set `small` asks for; .*rules=rules"
+    ):
+        decide(more, facts)
+    assert decide(rules(), from_record(more.catalogue, {"facts": {"model.n": 4}}))["fused"].state == "on"
+
+
+def test_a_decision_that_was_not_made_offers_the_nearest() -> None:
+    small = rules()
+    decisions = decide(small, from_record(small.catalogue, {}))
+    with pytest.raises(KeyError, match="no decision of `fusde`, did you mean `fused`"):
+        decisions["fusde"]
+
+
 def test_an_unknown_feature_is_an_error_that_offers_the_nearest() -> None:
     small = rules()
     with pytest.raises(FactError, match="unknown feature `fusde`, did you mean `fused`"):

@@ -11,7 +11,7 @@ import click
 
 from gatekeeper.analysis.lint import lint
 from gatekeeper.cli import BAD_NEWS
-from gatekeeper.cli.faults import counted, show
+from gatekeeper.cli.faults import count, counted, show
 from gatekeeper.cli.options import print_json, rules_option
 from gatekeeper.cli.sarif import sarif_log
 from gatekeeper.errors import Fault, RuleError
@@ -77,8 +77,13 @@ def fault_json(fault: Fault) -> dict[str, Any]:
 def _summary(rules: RuleSet, faults: Sequence[Fault]) -> str:
     gates = [gate for gates in rules.gates.values() for gate in gates]
     requirements = sum(len(gate.demands) for gate in gates)
-    return (
-        f"{rules.name} {rules.version}: {len(rules.features)} features, {len(gates)} gates, "
-        f"{requirements} requirements, {len(rules.catalogue)} facts, {len(rules.families)} families, "
-        f"{len(rules.formats)} formats; {counted(faults) or 'no faults'}. digest {rules.digest[:12]}"
+    sizes = (
+        count(len(rules.features), "feature"),
+        count(len(gates), "gate"),
+        count(requirements, "requirement"),
+        count(len(rules.catalogue), "fact"),
+        count(len(rules.families), "family", "families"),
+        count(len(rules.formats), "format"),
     )
+    found = counted(faults) or "no faults"
+    return f"{rules.name} {rules.version}: {', '.join(sizes)}; {found}. digest {rules.digest[:12]}"

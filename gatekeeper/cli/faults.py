@@ -50,7 +50,12 @@ def show(faults: Iterable[Fault], *, err: bool = False) -> None:
 def counted(faults: Iterable[Fault]) -> str:
     """Say how many there are: ``2 errors, 1 warning``."""
     counts = Counter(fault.severity for fault in faults)
-    return ", ".join(f"{counts[word]} {word}{'s' * (counts[word] != 1)}" for word in COLOURS if counts[word])
+    return ", ".join(count(counts[word], word) for word in COLOURS if counts[word])
+
+
+def count(number: int, word: str, plural: str | None = None) -> str:
+    """``2 errors``, ``1 error``, ``3 families``."""
+    return f"{number} {word if number == 1 else plural or f'{word}s'}"
 
 
 def excerpt(source: str, column: int) -> tuple[str, int, int]:

@@ -22,18 +22,19 @@ INCOMPLETE = 3
 PLOTS = (".png", ".svg", ".pdf")
 
 
-tables_option = click.option(
-    "--tables",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="Folder of settings that `moe-loader tune` measured; default: the shipped ones.",
-)
+def tables_option(*, exists: bool) -> Callable[[F], F]:
+    """The folder of tables; `tune` makes it."""
+    return click.option(
+        "--tables",
+        type=click.Path(path_type=Path, file_okay=False, exists=exists),
+        metavar="DIR",
+        help="Folder of settings that `moe-loader tune` measured; default: the shipped ones.",
+    )
 
 
 def layer_options(command: F) -> F:
     """Add the options that say which layer."""
     for option in (
-        tables_option,
         click.option("--tokens", default=TOKENS, show_default=True, metavar="N,N,…", help="Tokens of a call."),
         click.option(
             "--format",
@@ -59,6 +60,7 @@ def layer_options(command: F) -> F:
 
 @click.command("bench", short_help="Time a layer beside the hardware's floor and other kernels.")
 @layer_options
+@tables_option(exists=True)
 @click.option("--peers", default="", metavar="NAME,…", help="torch-grouped_mm, transformers, sglang-triton, marlin, …")
 @click.option(
     "--peers-dir",
@@ -112,6 +114,7 @@ def bench_command(
 
 @click.command("tune", short_help="Find the kernels' settings for this machine's GPU.")
 @layer_options
+@tables_option(exists=False)
 @click.option(
     "--most",
     type=click.IntRange(min=1),

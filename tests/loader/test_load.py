@@ -140,6 +140,14 @@ def test_a_draft_layer_that_is_not_there(copied: Callable[..., Path]) -> None:
     assert isinstance(result.exception, PlanError) and "config.json has experts here" in str(result.exception)
 
 
+def test_all_ranks_at_once_are_said(made: Callable[..., Path]) -> None:
+    many, four = (str(made(**QUARK)), "--platform", "mi355x"), ("--set", "parallel.tp_size=1")
+    assert "no --rank: " not in invoke("load", *many, *four).stdout
+    whole = invoke("load", *many, "--set", "parallel.tp_size=2").stdout
+    assert "  no --rank: all of every layer, not the share of one of 2 ranks\n" in whole
+    assert "no --rank: " not in invoke("load", *many, "--set", "parallel.tp_size=1", "--rank", "0").stdout
+
+
 def test_every_runner_target_first(made: Callable[..., Path]) -> None:
     found = answer("plan", made(**V3, experts=16))
     assert [one["runner"] for one in found["runners"]] == ["target", "draft"]

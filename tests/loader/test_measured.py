@@ -43,6 +43,17 @@ def values(found: Any) -> dict[str, Any]:
     return {name.removeprefix("engine."): one.value for name, one in found.items()}
 
 
+def test_who_loads_with_this_loader_reads_facts_with_its_tables(tmp_path: Path) -> None:
+    import loader
+
+    write(tmp_path, ROUTED)
+    how: Any = {"platform": "h200", "set": {"parallel.tp_size": 8}}
+    alone, joined = read_facts(KIMI, **how), loader.read_facts(KIMI, **how, tables=tmp_path)
+    differs = {name for name, value in joined.values.items() if alone.values.get(name) != value}
+    assert differs == {"engine.tuned_config_routed"}
+    assert joined.reading("engine.tuned_config_routed").witness == f"{tmp_path.name}/nvidia_h200.json"
+
+
 def test_each_stack_is_looked_up_by_itself(tmp_path: Path) -> None:
     write(tmp_path, ROUTED)
     assert values(measured_facts(facts(), tmp_path)) == {"tuned_config_routed": True, "tuned_config_fused": False}

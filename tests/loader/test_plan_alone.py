@@ -251,7 +251,26 @@ def test_the_commands_json_fits_its_schema(made: Callable[..., Path], tmp_path: 
         code, out = run(*arguments, "--json")
         answer = json.loads(out)
         assert [str(fault) for fault in check_data(answer, "plan", "plan")] == []
-        assert code == (answer["memory"] is not None and not answer["memory"]["fits"])
+        indivisible = any(one["plan"]["bytes_per_rank"]["note"] for one in answer["runners"])
+        assert code == (indivisible or (answer["memory"] is not None and not answer["memory"]["fits"]))
+
+
+def test_a_layout_that_can_not_be_is_bad_news_on_any_device(made: Callable[..., Path]) -> None:
+    code, out = run(made(family="deepseek_v3", format_name="fp8_block", experts=16), "--set", "parallel.tp_size=7")
+    assert code == 1 and "can't be divided" in out
+
+
+def test_a_folder_of_tables_that_is_not_there(made: Callable[..., Path], tmp_path: Path) -> None:
+    arguments = ["plan", str(made(family="deepseek_v3", format_name="fp8_block", experts=16))]
+    done = CliRunner().invoke(group, [*arguments, "--tables", str(tmp_path / "nothing")])
+    assert done.exit_code == 2
+    assert "Invalid value for '--tables'" in done.output and "does not exist" in done.output
+
+
+def test_a_model_without_draft_layers_has_nothing_to_plan_for_a_draft() -> None:
+    code, out = run(CORPUS / "Qwen__Qwen3-30B-A3B" / "config.json", "--runner", "draft")
+    assert code == 0
+    assert "draft: 0 MoE layers" in out
 
 
 def test_the_command_says_what_it_counted(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def uncovered_family(rules: RuleSet) -> Iterator[Finding]:
                     f"no gate of `{feature}` covers the family `{family.name}`; write one, or `gateless: "
                     f"{{{feature}: reason}}` in this file"
                 )
-                yield Finding(message=message, where=family.where, allow=family.allow)
+                allow = (*family.allow, *rules.features[feature].allow)
+                yield Finding(message=message, where=family.where, allow=allow)
 
 
 def idle_gateless(rules: RuleSet) -> Iterator[Finding]:
