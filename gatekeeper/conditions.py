@@ -12,7 +12,7 @@ from gatekeeper.errors import Fault, Where
 from gatekeeper.fact_spec import FactSpec, a_type
 from gatekeeper.operators import NEGATED, OPERATORS
 from gatekeeper.source import Document, nearest
-from gatekeeper.values import Value
+from gatekeeper.values import Arch, Value
 
 TEMPLATE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -188,9 +188,10 @@ class ConditionParser:
                 return Test(spec.name, word, tuple(self._literal(spec, spec.type, one) for one in raw), where)
             if word == "divisible_by" and isinstance(raw, list | dict):
                 raise ValueError("expected a number")
-            return Test(
-                spec.name, word, self._literal(spec, spec.items if word == "contains" else spec.type, raw), where
-            )
+            literal = self._literal(spec, spec.items if word == "contains" else spec.type, raw)
+            if word in ("gt", "ge", "lt", "le") and isinstance(literal, Arch) and not literal.order:
+                raise ValueError(f"`{literal}` has no number to compare by; write one such as `sm90` or `gfx942`")
+            return Test(spec.name, word, literal, where)
         except ValueError as error:
             self._fault("wrong-value", f"`{word}` of `{spec.name}`: {error}", where)
             return None
@@ -233,7 +234,7 @@ class ConditionParser:
     def fact(self, name: str, where: Where) -> FactSpec | None:
         """Return the fact `name`, or a fault that offers the nearest one."""
         if name not in self.catalogue:
-            hint = nearest(name, self.catalogue) or "; `gatekeeper facts` lists them all"
+            hint = nearest(name, self.catalogue) or "; `gatekeeper facts` lists them all, files in facts/ declare them"
             self._fault("unknown-fact", f"unknown fact `{name}`{hint}", where)
             return None
         return self.catalogue[name]

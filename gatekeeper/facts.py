@@ -130,6 +130,10 @@ def make_facts(
     )
 
 
+_GIVEN = "given"
+"""Witness of what a caller or a row of a table gives."""
+
+
 def _typed(catalogue: Catalogue, name: str, reading: Reading) -> Reading:
     if isinstance(reading.value, Missing):
         if name not in catalogue:
@@ -138,7 +142,7 @@ def _typed(catalogue: Catalogue, name: str, reading: Reading) -> Reading:
     try:
         return Reading(catalogue.coerce(name, reading.value), reading.witness, reading.note)
     except FactError as error:
-        place = f" (from {reading.witness})" if reading.witness else ""
+        place = f" (from {reading.witness})" if reading.witness not in ("", _GIVEN) else ""
         raise FactError(f"{error}{place}") from None
 
 
@@ -158,7 +162,10 @@ def from_record(catalogue: Catalogue, record: Mapping[str, Any]) -> Facts:
     given = _readings(catalogue, record.get("facts", {}))
     for name in dict.fromkeys(hidden):
         if name in given:
-            raise FactError(f"`{name}` is both given and named under `unknown`")
+            raise FactError(
+                f"`{name}` is both given and named under `unknown`; drop either (in a table: no row takes back what "
+                "its `base` gives)"
+            )
         given[name] = Reading(UNKNOWN, "", "named as unknown")
     layers = record.get("layers")
     return make_facts(
@@ -177,4 +184,4 @@ def _readings(catalogue: Catalogue, raw: Mapping[str, Any]) -> dict[str, Reading
     for name in raw:
         if name == "model.runner":
             raise FactError("`model.runner` is given by `runner`, not among the facts")
-    return {name: Reading(ABSENT if value is None else value, "given") for name, value in raw.items()}
+    return {name: Reading(ABSENT if value is None else value, _GIVEN) for name, value in raw.items()}

@@ -109,7 +109,7 @@ class Judge:
         name = self.feature.name
         if asked.forbidden:
             if asked.forced:
-                return Verdict("error", "request", f"Both forced and forbidden: unset {self._flags()}.")
+                return Verdict("error", "request", f"Both forced and forbidden: unset one of {self._flags()}.")
             return Verdict("off", "request", f"Forbidden by {self._flags(forbid=True)}.")
         if gate is None:
             if undecided:

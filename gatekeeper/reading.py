@@ -50,6 +50,10 @@ def open_target(target: Path | str, rules: RuleSet, *, keep_faults: bool = False
         raise CheckpointError(f"`{target}` can't be read: {error.strerror}; name another path") from None
     if not there:
         raise CheckpointError(f"`{target}`: no such file or folder; expected a checkpoint folder or a config.json")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise CheckpointError(
+            f"`{target}`: there is no config.json in this folder; name a checkpoint folder or a config.json"
+        )
     families, formats = list(rules.families.values()), list(rules.formats.values())
     return read_checkpoint(path, rules.catalogue, families, formats, keep_faults=keep_faults)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -361,6 +361,25 @@ _SPELLING = {
     "^[a-z0-9][a-z0-9-]*$": "a name of small letters, digits and hyphens",
     "^because .+": "a sentence that starts with `because`",
 }
+_SIGNS = {
+    **dict.fromkeys(("==", "=", "equals", "equal", "is"), "eq"),
+    **dict.fromkeys(("!=", "not_equals", "is_not"), "ne"),
+    **dict.fromkeys((">=", "gte", "min", "at_least"), "ge"),
+    **dict.fromkeys(("<=", "lte", "max", "at_most"), "le"),
+    ">": "gt",
+    "<": "lt",
+}
+"""What other languages say for operators."""
+
+
+def _meant(key: str, properties: Mapping[str, Any], patterns: Iterable[str]) -> str:
+    if _SIGNS.get(key) in properties:
+        return f", did you mean `{_SIGNS[key]}`?"
+    facts = any("\\." in pattern for pattern in patterns) and "." not in key
+    or_fact = f", or a fact with its group before a dot, such as `model.{_cut(key)}`" if facts else ""
+    return nearest(key, properties) or f"; expected {_listed(properties)}{or_fact}"
+
+
 _EMPTY = frozenset({"minItems", "minProperties", "minLength"})
 
 
@@ -377,7 +396,7 @@ def _explained(error: ValidationError) -> Iterator[tuple[Path_, str, str]]:
         patterns = schema.get("patternProperties", {})
         for key in given:
             if key not in properties and not any(re.search(p, key) for p in patterns):
-                hint = nearest(key, properties) or f"; expected {_listed(properties)}"
+                hint = _meant(key, properties, patterns)
                 yield (*path, key), "unknown-key", f"unknown key `{_cut(key)}`{hint}"
     elif kind == "required":
         for key in value:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from loader.formats import Layout
-from loader.text import count, human
+from loader.text import human
 
 if TYPE_CHECKING:
     from loader.plan import LayerPlan, ParamSpec
@@ -81,8 +81,9 @@ class FusionCost:
             if not self.layers_separate:
                 return "fusion: no layer has a shared expert"
             word = "less" if self.unfused_bytes_per_rank < 0 else "more"
+            where = f"all {self.layers_separate} layers" if self.layers_separate > 1 else "the one layer"
             return (
-                f"fusion: off in all {count(self.layers_separate, 'layer')} with a shared expert; in slots they would "
+                f"fusion: off in {where} with a shared expert; in slots they would "
                 f"take {human(abs(self.unfused_bytes_per_rank))} {word} on each rank"
             )
         return (

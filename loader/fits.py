@@ -25,6 +25,10 @@ class Fit:
     """Where that is from: ``platforms.yaml: h200``, ``--memory``."""
     nbytes: int | None
     """Weights of the fullest rank, over all runners; None where the experts can't be divided so."""
+    ep_size: int
+    """Groups of ranks that experts are spread over, as asked for: 1."""
+    divides: bool
+    """Whether any number of ranks up to 256 divides the experts so."""
     smallest_tp_size: int | None
     """The least power of two of ranks on which they fit, with experts spread as asked for; None up to 256."""
 
@@ -51,6 +55,8 @@ class Fit:
         device = f"the {human(self.device_bytes)} of a device ({self.source})"
         least = self.smallest_tp_size
         enough = f"they fit from tp {least} on" if least else f"no tp up to {LARGEST_TP} is enough"
+        if not self.divides:
+            enough = f"with ep {self.ep_size} no tp up to {LARGEST_TP} divides them, so choose another ep"
         if self.nbytes is None:
             said = f"nothing fits {device}: the experts can't be divided so; {enough}"
         elif self.fits:
@@ -70,10 +76,12 @@ def fit(plans: Sequence[Plan], device_bytes: int, source: str) -> Fit:
     def held(tp_size: int) -> int | None:
         return rank_bytes(layers, tp_size, ep_size).nbytes
 
-    tried = (2**power for power in range(LARGEST_TP.bit_length()))
+    tried = {tp: held(tp) for tp in (2**power for power in range(LARGEST_TP.bit_length()))}
     return Fit(
         device_bytes=device_bytes,
         source=source,
         nbytes=held(tp_size),
-        smallest_tp_size=next((tp for tp in tried if (n := held(tp)) is not None and n <= device_bytes), None),
+        ep_size=ep_size,
+        divides=any(nbytes is not None for nbytes in (held(tp_size), *tried.values())),
+        smallest_tp_size=next((tp for tp, n in tried.items() if n is not None and n <= device_bytes), None),
     )

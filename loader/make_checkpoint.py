@@ -22,6 +22,7 @@ from gatekeeper import CheckpointError
 from loader.blueprints import BLUEPRINTS, Blueprint, quantization_config
 from loader.packing import PACKERS
 from loader.shards import write_shards
+from loader.text import count
 
 VOCABULARY = 64
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -117,7 +118,7 @@ class _Maker:
             if size < 32 or size % 32
         ]
         if r.layers < 2:
-            wrong.append(f"{r.layers} layers: the first is dense, so 2 are needed")
+            wrong.append(f"{count(r.layers, 'layer')}: the first is dense, so 2 are needed")
         if self.experts < 1 or self.experts % groups or self.experts // groups < 2:
             wrong.append(f"{self.experts} experts can't be in {groups} groups of two or more")
         elif self.experts // groups * self.blueprint.config["topk_group"] < self.top_k:

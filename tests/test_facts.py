@@ -127,7 +127,10 @@ def test_what_a_line_says_of_a_layer(layer: dict[str, Any], name: str, value: An
         ({"layers": [{"layer.role": "both"}]}, "expected one of main, mtp"),
         ({"assume": ["sever"]}, "`assume` names no group of facts: `sever`, did you mean `server`?"),
         ({"unknown": ["server.fource"]}, "unknown fact `server.fource` under `unknown`, did you mean `server.force`?"),
-        ({"facts": {"server.force": True}, "unknown": ["server.force"]}, "both given and named under `unknown`"),
+        (
+            {"facts": {"server.force": True}, "unknown": ["server.force"]},
+            "named under `unknown`; drop either (in a table: no row takes back what its `base` gives)",
+        ),
     ],
 )
 def test_a_line_that_can_not_be_believed_says_why(record: dict[str, Any], message: str) -> None:

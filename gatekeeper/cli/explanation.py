@@ -51,7 +51,7 @@ def _brief_ways(one: Explanation) -> Iterator[str]:
 
 
 def _brief_changes(found: Found) -> str:
-    texts = [f"{_brief_change(change)}{_price(change)}" for change in found.changes]
+    texts = [f"{_brief_change(change)}{_leads_to(change)}" for change in found.changes]
     more = [f"{len(texts) - _BRIEF} more ways"] if len(texts) > _BRIEF else []
     return "; or ".join([*texts[:_BRIEF], *more])
 
@@ -264,7 +264,7 @@ def _waits_for(one: Explanation) -> Iterator[str]:
     if one.answered is None:
         return
     for change in one.answered.changes:
-        yield f"    {click.style('on', fg='green')} with {_settings(change)}{_leads_to(one, change)}"
+        yield f"    {click.style('on', fg='green')} with {_settings(change)}{_leads_to(change)}"
     if not one.answered.changes:
         yield "    no answer that was tried turns it on by itself"
     yield from _bound(one.answered)
@@ -285,7 +285,7 @@ def _changes(one: Explanation) -> Iterator[str]:
     if found.changes:
         yield from _heading("a better option" if one.decision.state == "on" else "to turn it on")
         for change in found.changes[:_LISTED]:
-            yield f"    {_settings(change)}{_leads_to(one, change)}"
+            yield f"    {_settings(change)}{_leads_to(change)}"
         if len(found.changes) > _LISTED:
             yield f"    and {len(found.changes) - _LISTED} more, which --json lists"
     elif not (one.answered and one.answered.changes):
@@ -339,7 +339,7 @@ def _settings(change: Change) -> str:
     return " and ".join(map(str, change.settings))
 
 
-def _leads_to(one: Explanation, change: Change) -> str:
+def _leads_to(change: Change) -> str:
     option = f" → {change.option}" if change.option else ""
     return option + _price(change)
 

@@ -629,7 +629,7 @@ def config_ignores_numbers(folder: Path) -> None:
 
 @harm
 def config_missing(folder: Path) -> None:
-    """is missing"""
+    """there is no config.json in this folder"""
     (folder / "config.json").unlink()
 
 

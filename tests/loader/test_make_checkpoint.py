@@ -171,7 +171,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         ({"format_name": "int4_g32", "shared_format": "mxfp4"}, "no quantizer writes routed experts in int4_g32"),
         ({"hidden": 48}, "hidden 48 is not a multiple of 32"),
         ({"width": 0}, "width 0 is not a multiple of 32"),
-        ({"layers": 1}, "1 layers"),
+        ({"layers": 1}, "1 layer: the first"),
         ({"experts": 12}, "12 experts can't be in 8 groups"),
         ({"experts": -8}, "-8 experts"),
     ],

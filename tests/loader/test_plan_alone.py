@@ -218,7 +218,14 @@ def test_experts_that_can_not_be_divided(tmp_path: Path) -> None:
     found = fit(list(plans.values()), 80 * GIB, "x")
     assert (found.nbytes, found.fits) == (None, False)
     assert found.smallest_tp_size is not None and found.smallest_tp_size < 8
-    assert "the experts can't be divided so" in found.lines()[0]
+    assert "the experts can't be divided so; they fit from tp " in found.lines()[0]
+
+
+def test_expert_parallelism_that_no_number_of_ranks_can_have(tmp_path: Path) -> None:
+    plans = plans_of(shrunk("MiniMaxAI__MiniMax-M2", tmp_path), tp_size=9, ep_size=3)
+    found = fit(list(plans.values()), 80 * GIB, "x")
+    assert (found.divides, found.smallest_tp_size) == (False, None)
+    assert "with ep 3 no tp up to 256 divides them, so choose another ep" in found.lines()[0]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gatekeeper.analysis.lints.finding import Finding, demands, gate_waivers, gates, place
@@ -15,6 +15,7 @@ from gatekeeper.source import nearest
 from gatekeeper.values import Value, shown
 from gatekeeper.waivers import Waiver
 
+ARCHITECTURE_FACT = "model.architecture"
 CAPABILITY = "platform.capability"
 QUANTIZER_NAMES = frozenset({"quant.method", "quant.algo"})
 _UP, _DOWN = frozenset({"gt", "ge"}), frozenset({"lt", "le"})
@@ -56,7 +57,7 @@ def unlisted_value(rules: RuleSet) -> Iterator[Finding]:
     for written in _conditions(rules):
         for test, _ in tests_of(written.condition):
             spec = rules.catalogue[test.fact]
-            known = tuple(rules.families) if spec.name == FAMILY_FACT else spec.known_values
+            known = _known(rules, spec)
             for value in _constants(test):
                 if known and shown(value) not in known:
                     hint = nearest(shown(value), known) or _listing(spec)
@@ -64,8 +65,16 @@ def unlisted_value(rules: RuleSet) -> Iterator[Finding]:
                     yield Finding(message=message, where=test.where, allow=owners.allow(test.where, written.allow))
 
 
-def _listing(spec: FactSpec) -> str:
+def _known(rules: RuleSet, spec: FactSpec) -> Sequence[str]:
     if spec.name == FAMILY_FACT:
+        return tuple(rules.families)
+    if spec.name == ARCHITECTURE_FACT and not spec.known_values:
+        return sorted({name for family in rules.families.values() for name in family.architectures})
+    return spec.known_values
+
+
+def _listing(spec: FactSpec) -> str:
+    if spec.name in (FAMILY_FACT, ARCHITECTURE_FACT):
         return "; correct it, or add the family to families/"
     if spec.group == FEATURE_GROUP:
         return f"; it has {', '.join(f'`{value}`' for value in spec.known_values)}"
