@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
+from copy import deepcopy
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from gatekeeper.data import data_folder
 from gatekeeper.errors import Fault, RuleError, Where
 from gatekeeper.parse_rules import MANIFEST, RuleParser
 from gatekeeper.passed import remembering, shape_faults
 from gatekeeper.rules import RuleSet
-from gatekeeper.source import Document, scan_file, scan_yaml
+from gatekeeper.source import Document, Path_, scan_file, scan_yaml
 
 Kinds: TypeAlias = dict[str, list[Document]]
 
@@ -27,6 +28,9 @@ _OVERLAY = "overlay"
 _INHERITED = frozenset({"feature", "facts", "family", "format", *_ALONE.values(), _AMENDMENT, _BROKEN})
 # Keys whose entries stand each for itself, and keys whose entries other files name.
 _ENTRIES = frozenset({"requires", "options", "facts", "conditions", "requirements", "platforms", "layouts"})
+_STAND_INS: Mapping[str, str] = {**dict.fromkeys(("summary", "reason", "doc"), ""), "protects": "correctness"}
+"""Texts, and what a request may waive: without one, a file can be checked as if it were there."""
+_MISSING = re.compile(r"missing key `(\w+)`")
 _DECLARING = frozenset({"facts", "conditions", "requirements", "feature"})
 
 
@@ -189,10 +193,26 @@ def _by_kind(documents: list[tuple[str, Document]], faults: list[Fault]) -> Kind
         faults += [fault for _, fault in found]
         if found:
             kinds[_BROKEN].append(document)
-            document = _without(document, [path for path, _ in found])
+            document, paths = _with_stand_ins(document, found)
+            document = _without(document, paths) if paths else document
         if document.data is not None:
             kinds[kind].append(document)
     return kinds
+
+
+def _with_stand_ins(document: Document, found: list[tuple[Path_, Fault]]) -> tuple[Document, list[Path_]]:
+    """Put in what is missing and decides nothing of the rest, and return where everything else is that is at fault."""
+    data, others = deepcopy(document.data), []
+    for path, fault in found:
+        at: Any = data
+        for step in path[:-1]:
+            at = at[step]
+        missing = _MISSING.match(fault.message) if fault.code == "missing-key" else None
+        if missing and missing[1] in _STAND_INS:
+            (at[path[-1]] if path else at)[missing[1]] = _STAND_INS[missing[1]]
+        elif not (path and path[-1] in _STAND_INS and isinstance(at[path[-1]], str) and fault.code == "wrong-shape"):
+            others.append(path)
+    return document.with_data(data), others
 
 
 def _without(document: Document, paths: list[tuple[str | int, ...]]) -> Document:
