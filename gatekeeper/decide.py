@@ -29,11 +29,11 @@ def decide(rules: RuleSet, facts: Facts, features: Iterable[str] | None = None) 
     """
     if isinstance(features, str):
         raise FactError(f"`features` is the text `{features}`; expected a list of names, such as [`{features}`]")
-    _require_same_facts(rules, facts)
     names = list(rules.features if features is None else features)
     for name in names:
         if name not in rules.features:
             raise FactError(f"unknown feature `{name}`{nearest(name, rules.features)}")
+    _require_same_facts(rules, facts, names)
     decided = _decided(rules, facts, names)
     decisions = {}
     for name in sorted(names):
@@ -47,11 +47,15 @@ def decide(rules: RuleSet, facts: Facts, features: Iterable[str] | None = None) 
     return Decisions(decisions)
 
 
-def _require_same_facts(rules: RuleSet, facts: Facts) -> None:
+def _require_same_facts(rules: RuleSet, facts: Facts, names: Iterable[str]) -> None:
     """A fact that nobody looked for would stay unknown for ever."""
     if facts.catalogue is rules.catalogue:
         return
-    lacking = sorted(name for name in rules.catalogue if name not in facts.catalogue)
+    compiled = _compiled(rules)
+    asked = rules.catalogue.inputs(fact for name in names for fact in compiled[name].facts)
+    lacking = sorted(
+        name for name in asked if name not in facts.catalogue and rules.catalogue[name].group != FEATURE_GROUP
+    )
     if lacking:
         raise FactError(
             f"these facts were read without {_few(lacking)}, which the rule set `{rules.name}` asks for; read them "

@@ -223,7 +223,7 @@ class Decisions(Mapping[str, Decision]):
 
     def __getitem__(self, feature: str) -> Decision:
         if feature not in self._decisions:
-            raise KeyError(f"no decision of `{feature}`{nearest(feature, self._decisions)}")
+            raise KeyError(f"no decision of `{feature}`{nearest(str(feature), self._decisions)}")
         return self._decisions[feature]
 
     def __iter__(self) -> Iterator[str]:

@@ -368,14 +368,18 @@ _SIGNS = {
     **dict.fromkeys(("<=", "lte", "max", "at_most"), "le"),
     ">": "gt",
     "<": "lt",
+    **dict.fromkeys(("and", "&&"), "all"),
+    **dict.fromkeys(("or", "||"), "any"),
+    "!": "not",
 }
-"""What other languages say for operators."""
+"""What other languages say for operators and connectives."""
 
 
 def _meant(key: str, properties: Mapping[str, Any], patterns: Iterable[str]) -> str:
     if _SIGNS.get(key) in properties:
         return f", did you mean `{_SIGNS[key]}`?"
-    facts = any("\\." in pattern for pattern in patterns) and "." not in key
+    is_name = re.fullmatch("[a-z][a-z0-9_]*", key) and key not in _SIGNS
+    facts = is_name and any("\\." in pattern for pattern in patterns)
     or_fact = f", or a fact with its group before a dot, such as `model.{_cut(key)}`" if facts else ""
     return nearest(key, properties) or f"; expected {_listed(properties)}{or_fact}"
 

@@ -28,9 +28,9 @@ class Fit:
     ep_size: int
     """Groups of ranks that experts are spread over, as asked for: 1."""
     divides: bool
-    """Whether any number of ranks up to 256 divides the experts so."""
+    """Whether the experts can be divided so on the ranks asked for, or `ep_size` times a power of two up to 256."""
     smallest_tp_size: int | None
-    """The least power of two of ranks on which they fit, with experts spread as asked for; None up to 256."""
+    """The least of these numbers of ranks on which they fit; None up to 256."""
 
     @property
     def fits(self) -> bool:
@@ -76,7 +76,8 @@ def fit(plans: Sequence[Plan], device_bytes: int, source: str) -> Fit:
     def held(tp_size: int) -> int | None:
         return rank_bytes(layers, tp_size, ep_size).nbytes
 
-    tried = {tp: held(tp) for tp in (2**power for power in range(LARGEST_TP.bit_length()))}
+    sizes = (ep_size * 2**power for power in range(LARGEST_TP.bit_length()))
+    tried = {tp: held(tp) for tp in sizes if tp <= LARGEST_TP}
     return Fit(
         device_bytes=device_bytes,
         source=source,

@@ -25,11 +25,12 @@ def read_facts(
     platform: str | None = None,
     set: Mapping[str, Any] | None = None,  # noqa: A002  # the word of the command line, `--set`
     rules: RuleSet | None = None,
+    keep_faults: bool = False,
     tables: Path | None = None,
 ) -> Facts:
     """`gatekeeper.read_facts` for who loads with this loader: with what it knows of itself (`measured_facts`)."""
     rules = rules or load_rules()
-    checkpoint = open_target(target, rules)
+    checkpoint = open_target(target, rules, keep_faults=keep_faults)
     return joined(checkpoint, runner=runner, platform=platform, settings=set, rules=rules, tables=tables)
 
 

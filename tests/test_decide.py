@@ -391,15 +391,29 @@ def test_one_name_is_no_list_of_names() -> None:
         decide(small, from_record(small.catalogue, {}), "fused")
 
 
-def test_facts_that_were_read_without_what_the_rules_ask_for_are_refused() -> None:
+LATER = "facts:\n  model.later: {type: integer, doc: A later number., from: [later], given_by: [config]}\n"
+
+
+def test_facts_that_were_read_without_what_a_gate_asks_for_are_refused() -> None:
     """They would be unknown for ever, and the feature pending."""
     facts = from_record(rules().catalogue, {"facts": {"model.n": 4}})
-    later = "facts:\n  model.later: {type: integer, doc: A later number., from: [later], given_by: [config]}\n"
-    more = parse_rule_set({**files(), "facts/more.yaml": later})
-    with pytest.raises(
-        FactError, match=r"read without `model.later`, which the rule set `small` asks for; .*rules=rules"
-    ):
-        decide(more, facts)
+    feature = HEAD + "applies_to: {model.later: 3}\n"
+    asking = parse_rule_set({**files(), "facts/more.yaml": LATER, "features/fused.yaml": feature})
+    says = r"read without `model.later`, which the rule set `small` asks for; .*rules=rules"
+    with pytest.raises(FactError, match=says):
+        decide(asking, facts)
+
+
+def test_facts_that_no_gate_asks_for_may_be_missing() -> None:
+    """Those of another catalogue, and what features came to, which nobody reads from a target."""
+    facts = from_record(rules().catalogue, {"facts": {"model.n": 4}})
+    other = """\
+feature: other
+summary: Another thing.
+requires: [{id: a, protects: support, that: {feature.fused.state: 'on'}, reason: It is off.}]
+"""
+    more = parse_rule_set({**files(), "facts/more.yaml": LATER, "features/other.yaml": other})
+    assert [one.state for one in decide(more, facts).values()] == ["on", "on"]
     assert decide(rules(), from_record(more.catalogue, {"facts": {"model.n": 4}}))["fused"].state == "on"
 
 
@@ -408,6 +422,7 @@ def test_a_decision_that_was_not_made_offers_the_nearest() -> None:
     decisions = decide(small, from_record(small.catalogue, {}))
     with pytest.raises(KeyError, match="no decision of `fusde`, did you mean `fused`"):
         decisions["fusde"]
+    assert "fusde" not in decisions and 0 not in decisions
 
 
 def test_an_unknown_feature_is_an_error_that_offers_the_nearest() -> None:

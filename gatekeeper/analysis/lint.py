@@ -23,6 +23,7 @@ LINTS: Mapping[str, tuple[Callable[[RuleSet], Iterator[Finding]], ...]] = {
     "quantization-by-name": (conditions.quantization_by_name,),
     "missing-refs": (wording.missing_refs,),
     "unlisted-value": (conditions.unlisted_value,),
+    "ungated-feature": (unused.ungated_feature,),
     "uncovered-family": (unused.uncovered_family,),
     "unused-waiver": (unused.idle_gateless,),
 }

@@ -58,19 +58,27 @@ def _graph(calls: Sequence[Callable[[], object]], repeats: int) -> Callable[[], 
 def in_turns(contenders: Mapping[Key, Captured], replays: int = REPLAYS) -> dict[Key, float]:
     """Microseconds of one call of each, the median of its replays; one replay of each, then the next.
 
-    A device's clock changes with its load, by several percent within seconds: what is compared must share it. Who
-    begins changes from round to round, and every second round goes the other way: whoever comes behind a light one
-    finds a cooler device.
+    A device's clock changes with its load, by several percent within seconds: what is compared must share it.
     """
     times: dict[Key, list[float]] = {name: [] for name in contenders}
     for turn in range(replays):
-        first = turn // 2 % max(1, len(contenders))
-        order = [*contenders][first:] + [*contenders][:first]
-        for name in reversed(order) if turn % 2 else order:
+        for name in _order([*contenders], turn):
             times[name].append(_elapsed(contenders[name].replay))
     return {
         name: statistics.median(times[name]) / (one.repeats * len(one.calls)) * 1e3 for name, one in contenders.items()
     }
+
+
+def _order(names: Sequence[Key], turn: int) -> Sequence[Key]:
+    """Who comes when; in two turns a name each comes behind each other one equally often.
+
+    Whoever comes behind a light one finds a cooler device. Source: E. J. Williams, "Experimental designs balanced for
+    the estimation of residual effects of treatments", Australian Journal of Scientific Research 2 (1949).
+    """
+    n = len(names)
+    zigzag = [at // 2 if at % 2 == 0 else n - 1 - at // 2 for at in range(n)]  # 0, n - 1, 1, n - 2, …
+    order = [names[(at + turn // 2) % n] for at in zigzag]
+    return order[::-1] if turn % 2 else order
 
 
 def microseconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> float:

@@ -16,7 +16,7 @@ from loader.bench.shown import Shown
 from loader.bench.timing import capture, in_turns
 from loader.bench.tune import search
 from loader.errors import TableError
-from loader.kernels.configs import Config, Shape, misfit
+from loader.kernels.configs import KINDS, Config, Shape, misfit
 from loader.kernels.tuned import Measured, Table, file_name, find_table
 
 
@@ -39,18 +39,13 @@ def tune(
     path = folder / file_name(device)
     table = find_table(device, folder) or Table(device=device, versions={})
     here = {"torch": torch.__version__, "triton": triton.__version__}
-    before = {name: table.versions[name] for name in here if name in table.versions}
-    if table.configs and before != {name: here[name] for name in before}:
-        raise TableError(
-            f"`{path}` was measured with {_listed(before)}, here are {_listed(here)}; what one table has must be "
-            "comparable: give another folder with --tables"
-        )
-    table.versions = {**table.versions, **here}
     for model in models:
         missing = [count for count in tokens if not _is_complete(table, model, count)]
         if not missing:
             shown.say(f"{model.name} tp {model.tp_size} {model.format}: all of it is in {path}")
             continue
+        _require_same_versions(table, here, path)
+        table.versions = {**table.versions, **here}
         layers = layers_of(model, "cuda", 0)
         for count in missing:
             if until is not None and time.monotonic() > until:
@@ -65,14 +60,24 @@ def tune(
     return True
 
 
+def _require_same_versions(table: Table, here: Mapping[str, str], path: Path) -> None:
+    before = {name: table.versions[name] for name in here if name in table.versions}
+    if table.configs and before != {name: here[name] for name in before}:
+        raise TableError(
+            f"`{path}` was measured with {_listed(before)}, here are {_listed(here)}; what one table has must be "
+            "comparable: give another folder with --tables, which then counts in the place of this one"
+        )
+
+
 def _listed(versions: Mapping[str, str]) -> str:
     return " and ".join(f"{name} {version}" for name, version in sorted(versions.items()))
 
 
 def _shapes(model: Model) -> list[Shape]:
-    """The stack as a whole, and where it has shared slots its two halves."""
+    """The stack as a whole, and where it has shared slots its two halves; plain shared ones are torch's products."""
     shape, n_shared = model.shape, model.n_shared
-    return [shape, shape.routed(n_shared), shape.shared(n_shared)] if n_shared else [shape]
+    shared = [] if KINDS[model.format] == "plain" else [shape.shared(n_shared)]
+    return [shape, shape.routed(n_shared), *shared] if n_shared else [shape]
 
 
 def _is_complete(table: Table, model: Model, tokens: int) -> bool:
@@ -134,4 +139,4 @@ def _parts(model: Model, problems: Sequence[Problem]) -> list[list[Problem]]:
     if not model.n_shared:
         return [list(problems)]
     routed, shared = zip(*(problem.halves() for problem in problems), strict=True)
-    return [list(problems), list(routed), list(shared)]
+    return [list(problems), list(routed), list(shared)][: len(_shapes(model))]

@@ -34,6 +34,7 @@ def apart(
     All tokens go to them: plain numbers are two products of torch's then, which use the whole device where the grouped
     product of many experts is cut into small tiles; other formats have our kernels on these slots alone.
     """
+    experts.require_fitting(x_TD, topk_weights_TK, topk_ids_TK)
     routed = topk_ids_TK.shape[1] - n_shared
     shape = experts.shape(routed + n_shared)
     weights_TS, ids_TS = topk_weights_TK[:, routed:], topk_ids_TK[:, routed:]

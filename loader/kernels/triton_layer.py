@@ -104,7 +104,7 @@ class TritonExperts:
         Accumulates in float32; raises `ValueError` for inputs that do not belong together.
         """
         tokens, k = topk_ids_TK.shape
-        self._require_fitting(x_TD, topk_weights_TK, topk_ids_TK, base_TD)
+        self.require_fitting(x_TD, topk_weights_TK, topk_ids_TK, base_TD)
         x_TD, ids, router = x_TD.contiguous(), topk_ids_TK.contiguous(), topk_weights_TK.contiguous()
         y_TD = torch.empty_like(x_TD)
         if not tokens or not k:
@@ -130,9 +130,10 @@ class TritonExperts:
         )
         return y_TD
 
-    def _require_fitting(
-        self, x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor, base_TD: Tensor | None
+    def require_fitting(
+        self, x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor, base_TD: Tensor | None = None
     ) -> None:
+        """Raise `ValueError` for inputs of a call that do not belong together."""
         tokens, k = topk_ids_TK.shape
         if x_TD.shape != (tokens, self.hidden_size):
             raise ValueError(f"x is {list(x_TD.shape)}, expected {[tokens, self.hidden_size]}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -180,11 +182,13 @@ def test_the_probe_reads_what_is_touched() -> None:
     """Every word of the chosen slots, and none of another."""
     from loader.bench.timing import probe
 
-    first = torch.zeros(4, 3, 7000, dtype=torch.int32)
-    second = torch.zeros(4, 5, 11, dtype=torch.int32)
-    first[2, 2, 6999], second[2, 4, 10], first[1, 0, 0] = 7, 8, 99
-    found = probe([second, first], torch.tensor([0, 2]))()
-    assert sorted(found.tolist())[-2:] == [7, 8]
+    sizes = [(5, 11), (3, 7000), (1, 1), (2, 8192)]
+    for count in (1, 2, 3, 4):
+        some = [torch.zeros(4, *size, dtype=torch.int32) for size in sizes[:count]]
+        for number, one in enumerate(some, 1):
+            one[2, -1, -1], one[1, 0, 0] = number, 99
+        found = probe(some, torch.tensor([0, 2]))()
+        assert sorted(found.tolist())[-count - 1 :] == list(range(count + 1))
 
 
 def test_contenders_take_turns_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +202,14 @@ def test_contenders_take_turns_and_the_median_counts(monkeypatch: pytest.MonkeyP
         for name, count in (("a", 1), ("b", 4))
     }
     assert timing.in_turns(contenders, 3) == {"a": 1000.0, "b": 1000.0}
-    rounds = [run[:2], run[2:4], run[4:]]
-    assert all(sorted(each) == ["a", "b"] for each in rounds)
-    assert ["a", "b"] in rounds and ["b", "a"] in rounds
+    assert [run[:2], run[2:4], run[4:]] == [["a", "b"], ["b", "a"], ["b", "a"]]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7])
+def test_each_contender_comes_behind_each_other_one_equally_often(n: int) -> None:
+    from loader.bench import timing
+
+    rounds = [timing._order(range(n), turn) for turn in range(2 * n)]
+    assert all(sorted(each) == list(range(n)) for each in rounds)
+    behind = Counter(pair for each in rounds for pair in pairwise(each))
+    assert len(behind) == n * (n - 1) and set(behind.values()) <= {2}

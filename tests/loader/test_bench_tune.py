@@ -226,7 +226,7 @@ def table(folder: Path) -> Table:
 
 
 def test_a_table_gets_the_stack_and_its_halves(run: Callable[..., Any], tmp_path: Path) -> None:
-    of = model()
+    of = model("mxfp4")
     done, said, searches = run([of], [1, 16])
     assert done
     routed, shared = replace(of.shape, n_slots=6, top_k=2), replace(of.shape, n_slots=1, top_k=1)
@@ -241,9 +241,18 @@ def test_a_table_gets_the_stack_and_its_halves(run: Callable[..., Any], tmp_path
     assert found.configs[routed][16].apart_microseconds is None
     assert found.versions.keys() == {"torch", "triton"}
     assert said == [
-        "small tp 1 bf16, 1 tokens: 20.5 us, 25.5 with the shared slots on their own",
-        "small tp 1 bf16, 16 tokens: 20.5 us, 25.5 with the shared slots on their own",
+        "small tp 1 mxfp4, 1 tokens: 20.5 us, 25.5 with the shared slots on their own",
+        "small tp 1 mxfp4, 16 tokens: 20.5 us, 25.5 with the shared slots on their own",
     ]
+
+
+def test_plain_shared_experts_are_torchs_products_and_have_no_settings(run: Callable[..., Any], tmp_path: Path) -> None:
+    of = model("bf16")
+    _, said, searches = run([of], [16])
+    assert [shape for shape, _ in searches.of] == [of.shape, of.shape.routed(1)]
+    assert table(tmp_path).configs[of.shape][16].apart_microseconds == 25.5
+    assert said == ["small tp 1 bf16, 16 tokens: 20.5 us, 25.5 with the shared slots on their own"]
+    assert run([of], [16])[2].of == []
 
 
 def test_a_model_without_shared_experts_is_one_stack(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -254,7 +263,7 @@ def test_a_model_without_shared_experts_is_one_stack(run: Callable[..., Any], tm
 
 
 def test_each_find_is_saved_before_the_next_search(run: Callable[..., Any]) -> None:
-    _, _, searches = run([model()], [1, 16])
+    _, _, searches = run([model("mxfp4")], [1, 16])
     assert searches.saved == [1, 2, 3, 4, 5]
 
 
@@ -272,11 +281,11 @@ def test_what_is_there_is_not_measured_again(run: Callable[..., Any], tmp_path: 
 @pytest.mark.parametrize("failing", [1, 2, 4])
 def test_a_run_that_was_cut_short_goes_on_where_it_was(run: Callable[..., Any], tmp_path: Path, failing: int) -> None:
     with pytest.raises(BenchError):
-        run([model()], [1, 16], failing=failing)
-    done, _, searches = run([model()], [1, 16])
+        run([model("mxfp4")], [1, 16], failing=failing)
+    done, _, searches = run([model("mxfp4")], [1, 16])
     assert done
     assert len(searches.of) == 6 - failing
-    assert all(one.apart_microseconds is not None for one in table(tmp_path).configs[model().shape].values())
+    assert all(one.apart_microseconds is not None for one in table(tmp_path).configs[model("mxfp4").shape].values())
 
 
 def test_what_only_lacks_the_comparison_gets_it(run: Callable[..., Any], tmp_path: Path) -> None:

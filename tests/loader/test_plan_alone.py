@@ -228,6 +228,14 @@ def test_expert_parallelism_that_no_number_of_ranks_can_have(tmp_path: Path) -> 
     assert "with ep 3 no tp up to 256 divides them, so choose another ep" in found.lines()[0]
 
 
+def test_ranks_are_tried_in_multiples_of_the_groups(tmp_path: Path) -> None:
+    """160 experts in 5 groups: 15 ranks can't share widths so, 10 can."""
+    plans = plans_of(CORPUS / "Qwen__Qwen3-Coder-480B-A35B-Instruct" / "config.json", tp_size=15, ep_size=5)
+    found = fit(list(plans.values()), 141 * 10**9, "x")
+    assert (found.nbytes, found.divides, found.smallest_tp_size) == (None, True, 10)
+    assert "they fit from tp 10 on" in found.lines()[0]
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("80GiB", 80 * GIB), ("141 GB", 141 * 10**9), ("1.5 KiB", 1536), ("7", 7), ("7B", 7)]
 )

@@ -86,3 +86,15 @@ def test_a_base_of_another_shape_is_refused_and_a_view_is_read_as_it_is(backend:
     assert relative(kernels(x, weights, ids, base_TD=base), expected) <= TOLERANCES[torch.float32]
     with pytest.raises(ValueError, match=r"base is \[1, 96\], expected \[7, 96\], as x is"):
         kernels(x, weights, ids, base_TD=base[:1])
+
+
+@pytest.mark.parametrize("dense_from", [1, 0])
+def test_inputs_that_do_not_belong_together_are_refused_on_either_way(backend: Any, dense_from: int) -> None:
+    experts, x, weights, ids = call("fp32", 1)
+    experts.dense_shared_from = dense_from
+    for given, says in (
+        ((x, torch.cat([weights, weights[:, :1]], 1), ids), r"topk_weights is \[7, 4\], topk_ids \[7, 3\]"),
+        ((x[:, :64], weights, ids), r"x is \[7, 64\], expected \[7, 96\]"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            backend.run(*given, experts)

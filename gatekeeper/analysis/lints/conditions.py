@@ -69,7 +69,8 @@ def _known(rules: RuleSet, spec: FactSpec) -> Sequence[str]:
     if spec.name == FAMILY_FACT:
         return tuple(rules.families)
     if spec.name == ARCHITECTURE_FACT and not spec.known_values:
-        return sorted({name for family in rules.families.values() for name in family.architectures})
+        found = [{*family.architectures, *family.wrapper_architectures} for family in rules.families.values()]
+        return sorted(set().union(*found)) if all(found) else ()  # some are known by another name
     return spec.known_values
 
 

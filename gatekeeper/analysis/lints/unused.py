@@ -1,4 +1,4 @@
-"""Lints of what nothing uses: facts, named conditions, shared requirements, and families that no gate covers."""
+"""Lints of what nothing uses: facts, conditions, shared requirements; features and families that have no gate."""
 
 from __future__ import annotations
 
@@ -40,6 +40,17 @@ def unused_requirement(rules: RuleSet) -> Iterator[Finding]:
         if f"requirement {name}" not in rules.used:
             message = f"no gate takes the shared requirement `{name}`; drop it"
             yield Finding(message=message, where=requirement.where, allow=requirement.allow)
+
+
+def ungated_feature(rules: RuleSet) -> Iterator[Finding]:
+    """Find features that are off for every model, since there is no gate."""
+    for feature in rules.features.values():
+        if not rules.gates[feature.name]:
+            message = (
+                f"no gate decides `{feature.name}`, so that it is off for every model; write one in this file or under "
+                f"`gates/{feature.name}/`"
+            )
+            yield Finding(message=message, where=feature.where, allow=feature.allow)
 
 
 def uncovered_family(rules: RuleSet) -> Iterator[Finding]:
