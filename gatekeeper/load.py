@@ -30,6 +30,11 @@ _INHERITED = frozenset({"feature", "facts", "family", "format", *_ALONE.values()
 _ENTRIES = frozenset({"requires", "options", "facts", "conditions", "requirements", "platforms", "layouts"})
 _STAND_INS: Mapping[str, str] = {**dict.fromkeys(("summary", "reason", "doc"), ""), "protects": "correctness"}
 """Texts, and what a request may waive: without one, a file can be checked as if it were there."""
+_TELLING = {
+    "gate": ("unknown key `summary`", "this declares a feature, and stands under `gates/`; move it to `features/`"),
+    "feature": ("unknown key `gate`", "this is a gate, and stands under `features/`; move it to `gates/FEATURE/`"),
+}
+"""What tells that a file stands in the wrong folder, and what to say instead of what follows from it."""
 _MISSING = re.compile(r"missing key `(\w+)`")
 _DECLARING = frozenset({"facts", "conditions", "requirements", "feature"})
 
@@ -190,6 +195,10 @@ def _by_kind(documents: list[tuple[str, Document]], faults: list[Fault]) -> Kind
         if kind == "gate" and isinstance(document.data, dict) and "amends" in document.data:
             kind = _AMENDMENT
         found = shape_faults(document, kind)
+        if kind in _TELLING and any(_TELLING[kind][0] in fault.message for _, fault in found):
+            faults.append(Fault("unexpected-file", _TELLING[kind][1], document.where()))
+            kinds[_BROKEN].append(document)
+            continue
         faults += [fault for _, fault in found]
         if found:
             kinds[_BROKEN].append(document)
