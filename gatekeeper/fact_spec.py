@@ -128,7 +128,8 @@ def _scalar(kind: str, raw: Any) -> Value:
     elif isinstance(raw, str):
         return raw
     what = "a text" if kind in ("string", "enum") else a_type(kind)
-    raise ValueError(f"expected {what}, not {_given(raw)}")
+    words = "; write `true` or `false`" if kind == "boolean" else ""
+    raise ValueError(f"expected {what}, not {_given(raw)}{words}")
 
 
 def a_type(kind: str) -> str:
