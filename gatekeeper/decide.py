@@ -152,7 +152,9 @@ class _Feature:
             return False  # off for others, whatever comes of it
         # Without MoE layers an error that nobody forced is off.
         may_be_off = self.feature.scope == "layer" and not listed and state == "error" and not asked.forced
-        return asked.unknown or may_be_off or ("shadow" in modes and state != "off")
+        # Forced without layers is an error, unless the gate turns out to ignore what is asked for.
+        ignoring = state == "error" and asked.forced and any(one.rule.request == "ignored" for one in undecided)
+        return asked.unknown or may_be_off or ignoring or ("shadow" in modes and state != "off")
 
     def _select(self, values: Values) -> tuple[CompiledGate | None, list[CompiledGate]]:
         """Return the gate that applies, and those of which it is unknown."""

@@ -818,6 +818,8 @@ def decide_feature(name: str, place: Place) -> None:
     }
     decision = {**about, **found, "layers": layers}
     may_be_off = feature.get("scope") == "layer" and layers is None and found["state"] == "error" and not ask.forced
+    open_gates = [one for one, truth in zip(gates, applies, strict=True) if not gate and truth is not False]
+    may_be_off |= found["state"] == "error" and any(one.body.get("request") == "ignored" for one in open_gates)
     place.decided[name] = Seen(feature, decision, modes, settled=not ask.unknown and not may_be_off)
 
 

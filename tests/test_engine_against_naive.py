@@ -114,6 +114,15 @@ FOUND: dict[str, tuple[Sequence[Any], Sequence[Any], Any, Any]] = {
         {"facts": {"model.n": 2}},
         {"facts": {"model.n": 2}, "layers": []},
     ),
+    "a forced error without layers is off if the gate ignores the request": (
+        [
+            {**ALPHA, "scope": "layer", "request": {"force": "server.force"}},
+            {**BETA, "requires": [{**ASKS, "that": {"feature.alpha.state": "error"}}]},
+        ],
+        [{**OF_FAMILY, "request": "ignored"}],
+        {"facts": {"server.force": True}, "layers": []},
+        {"facts": {"server.force": True, "model.family": "x"}, "layers": []},
+    ),
     "a gate that may enforce what the feature keeps in the shadow": (
         [{**ALPHA, "mode": "shadow"}, {**BETA, "requires": [{**ASKS, "that": {"feature.alpha.state": "off"}}]}],
         [OF_FAMILY],
