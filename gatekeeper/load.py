@@ -31,10 +31,10 @@ _ENTRIES = frozenset({"requires", "options", "facts", "conditions", "requirement
 _STAND_INS: Mapping[str, str] = {**dict.fromkeys(("summary", "reason", "doc"), ""), "protects": "correctness"}
 """Texts, and what a request may waive: without one, a file can be checked as if it were there."""
 _TELLING = {
-    "gate": ("unknown key `summary`", "this declares a feature, and stands under `gates/`; move it to `features/`"),
-    "feature": ("unknown key `gate`", "this is a gate, and stands under `features/`; move it to `gates/FEATURE/`"),
+    "gate": ("summary", "this declares a feature, and stands under `gates/`; move it to `features/`"),
+    "feature": ("gate", "this is a gate, and stands under `features/`; move it to `gates/FEATURE/`"),
 }
-"""What tells that a file stands in the wrong folder, and what to say instead of what follows from it."""
+"""The key that tells that a file stands in the wrong folder, and what to say instead of what follows from it."""
 _MISSING = re.compile(r"missing key `(\w+)`")
 _DECLARING = frozenset({"facts", "conditions", "requirements", "feature"})
 
@@ -195,8 +195,9 @@ def _by_kind(documents: list[tuple[str, Document]], faults: list[Fault]) -> Kind
         if kind == "gate" and isinstance(document.data, dict) and "amends" in document.data:
             kind = _AMENDMENT
         found = shape_faults(document, kind)
-        if kind in _TELLING and any(_TELLING[kind][0] in fault.message for _, fault in found):
-            faults.append(Fault("unexpected-file", _TELLING[kind][1], document.where()))
+        key, elsewhere = _TELLING.get(kind, ("", ""))
+        if any(fault.code == "unknown-key" and path == (key,) for path, fault in found):
+            faults.append(Fault("unexpected-file", elsewhere, document.where()))
             kinds[_BROKEN].append(document)
             continue
         faults += [fault for _, fault in found]

@@ -99,3 +99,8 @@ def listed(words: Sequence[Any], last: str = "and") -> str:
     """Return words as a sentence lists them: ``a, b and c``."""
     texts = [str(word) for word in words]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} {last} {texts[-1]}"
+
+
+def count(number: int, word: str, plural: str | None = None) -> str:
+    """``2 errors``, ``1 error``, ``3 families``."""
+    return f"{number} {word if number == 1 else plural or f'{word}s'}"

@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from gatekeeper.analysis.lint import lint
+from gatekeeper.analysis.prose import count
 from gatekeeper.cli import BAD_NEWS
-from gatekeeper.cli.faults import count, counted, show
+from gatekeeper.cli.faults import counted, show
 from gatekeeper.cli.options import print_json, rules_option
 from gatekeeper.cli.sarif import sarif_log
 from gatekeeper.errors import Fault, RuleError

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import click
 
+from gatekeeper.analysis.prose import count
 from gatekeeper.errors import Fault, Severity
 
 COLOURS: dict[Severity, str] = {"error": "red", "warning": "yellow"}
@@ -51,11 +52,6 @@ def counted(faults: Iterable[Fault]) -> str:
     """Say how many there are: ``2 errors, 1 warning``."""
     counts = Counter(fault.severity for fault in faults)
     return ", ".join(count(counts[word], word) for word in COLOURS if counts[word])
-
-
-def count(number: int, word: str, plural: str | None = None) -> str:
-    """``2 errors``, ``1 error``, ``3 families``."""
-    return f"{number} {word if number == 1 else plural or f'{word}s'}"
 
 
 def excerpt(source: str, column: int) -> tuple[str, int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gatekeeper.analysis.prose import listed, value_in_words
+from gatekeeper.analysis.prose import count, listed, value_in_words
 from gatekeeper.conditions import TEMPLATE, All, Any_, Condition, FactRef, facts_of
 from gatekeeper.docs.site import Site
 from gatekeeper.markdown import code, prose, refs, table
@@ -41,8 +41,7 @@ def index(site: Site) -> list[str]:
 def _gate_table(site: Site, feature: Feature, up: str, way: str) -> list[str]:
     rows = []
     for gate in site.rules.gates[feature.name]:
-        count = len(gate.requires)
-        demands = [f"{count} requirement{'s' * (count != 1)}"] if gate.requires or not gate.options else []
+        demands = [count(len(gate.requires), "requirement")] if gate.requires or not gate.options else []
         if gate.options:
             demands += [f"options {listed([code(option.name) for option in gate.options])}"]
         rows.append((f"[{gate.name}]({way}{gate.name}.md)", site.words(gate.applies_to, up), "; ".join(demands)))
