@@ -195,9 +195,9 @@ def _by_kind(documents: list[tuple[str, Document]], faults: list[Fault]) -> Kind
         if kind == "gate" and isinstance(document.data, dict) and "amends" in document.data:
             kind = _AMENDMENT
         found = shape_faults(document, kind)
-        key, elsewhere = _TELLING.get(kind, ("", ""))
-        if any(fault.code == "unknown-key" and path == (key,) for path, fault in found):
-            faults.append(Fault("unexpected-file", elsewhere, document.where()))
+        telling = _TELLING.get(kind)
+        if telling and any(fault.code == "unknown-key" and path == (telling[0],) for path, fault in found):
+            faults.append(Fault("unexpected-file", telling[1], document.where()))
             kinds[_BROKEN].append(document)
             continue
         faults += [fault for _, fault in found]

@@ -94,6 +94,13 @@ def test_everything_wrong_is_found_in_one_run() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["facts/more.yaml", "conditions.yaml", "gates/fused/a.yaml", "features/more.yaml"])
+def test_an_empty_key_is_an_unknown_one(name: str) -> None:
+    found = faults({**files(DECLARED), name: "'': null\n"})
+    assert found
+    assert [fault for fault in found if "unexpected-file" in fault or fault.endswith(": ")] == []
+
+
 def write(folder: Path, texts: dict[str, str]) -> Path:
     for name, text in texts.items():
         path = folder / name
