@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +12,11 @@ import torch
 from torch import Tensor
 
 from loader.bench import peers
-from loader.bench.fetched import MANIFEST, module_at
+from loader.bench.fetched import module_at
 from loader.bench.peers import Unavailable, peers_of
 from loader.bench.problem import Model, Problem, problems, random_experts
 from loader.formats import int4_g32
-from tests.loader.bench_fakes import model
+from tests.loader.bench_fakes import fetched, model
 
 marlin: Any = module_at("moe_loader_bench_marlin", peers.ADAPTERS / "marlin.py")
 sglang: Any = module_at("moe_loader_bench_sglang_triton", peers.ADAPTERS / "sglang_triton.py")
@@ -28,13 +26,7 @@ MODEL = model("int4_g32", n_routed=4, hidden_size=128, width=128)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """As `fetch.py` leaves it, with libraries that are none."""
-    files = []
-    for member in ("sglang/a.py", "vllm/scalar_type.py", sglang.LIBRARY, marlin.LIBRARY):
-        (tmp_path / member).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / member).write_bytes(b"")
-        files.append({"member": member, "stored": member, "sha256": hashlib.sha256(b"").hexdigest()})
-    (tmp_path / MANIFEST).write_text(json.dumps({"files": files}))
-    return tmp_path
+    return fetched(tmp_path, "sglang/a.py", "vllm/scalar_type.py", sglang.LIBRARY, marlin.LIBRARY)
 
 
 def problem(model: Model) -> Problem:

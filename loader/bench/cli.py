@@ -127,6 +127,8 @@ def bench_command(
     type=click.FloatRange(min=0),
     help="Stop after so long; what was found is kept, and the next run goes on.",
 )
+@click.option("--again", is_flag=True, help="Search for what is there too; it stays where nothing is faster beside it.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Another one draws other settings.")
 @click.pass_context
 def tune_command(
     context: click.Context,
@@ -137,10 +139,13 @@ def tune_command(
     tables: Path | None,
     most: int,
     seconds: float | None,
+    again: bool,
+    seed: int,
 ) -> None:
     """Time settings and keep the best in DIR, one file a device; what is there already is not measured again.
 
-    Exit 3 where --seconds ended the search before it was done.
+    Several GPUs of a kind can fill one DIR at once, a command each. Exit 3 where --seconds ended the search before it
+    was done.
     """
     counts, models = _numbers(tokens), _models(shape, formats, tp_size)
     _require_gpu()
@@ -150,7 +155,8 @@ def tune_command(
 
     until = None if seconds is None else time.monotonic() + seconds
     with shown(len(models) * len(counts)) as bar:
-        complete = tune(models, counts, folder=tables or SHIPPED, most=most, until=until, shown=bar)
+        folder = tables or SHIPPED
+        complete = tune(models, counts, folder=folder, most=most, until=until, shown=bar, again=again, seed=seed)
     context.exit(0 if complete else INCOMPLETE)
 
 

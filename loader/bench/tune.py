@@ -52,7 +52,7 @@ def search(
 
     `start` is tried before all others; `most` configurations are tried in each of three rounds: skeletons, tiles of
     gate_up, tiles of down, the latter two drawn where there are more (`some_tiles`). A few with fewer registers follow.
-    `done` is called after each; the best of all are then timed again, side by side.
+    `done` is called after each; the best of all are then timed again, side by side, and the first of `start` with them.
     Raises `BenchError` where none runs at all.
     """
     device, tokens = problems[0].x_TD.device, len(problems[0].x_TD)
@@ -82,7 +82,8 @@ def search(
     if math.isinf(times[best]):
         raise BenchError(f"of {len(times)} configurations none runs for {shape} with {tokens} tokens: {reason}")
     ran = [config for config in times if math.isfinite(times[config])]
-    finalists = sorted(ran, key=lambda config: times[config])[:FINALISTS]
+    best_few = sorted(ran, key=lambda config: times[config])[:FINALISTS]
+    finalists = dict.fromkeys([*best_few, *(config for config in start[:1] if config in ran)])
     finals = in_turns({c: capture([ours.call(problem, c) for problem in problems]) for c in finalists})
     best = min(finals, key=lambda config: finals[config])
     return Best(config=best, microseconds=finals[best], tried=len(ran), failed=len(times) - len(ran))

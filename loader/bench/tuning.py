@@ -17,7 +17,7 @@ from loader.bench.timing import capture, in_turns
 from loader.bench.tune import search
 from loader.errors import TableError
 from loader.kernels.configs import KINDS, Config, Shape, misfit
-from loader.kernels.tuned import Measured, Table, file_name, find_table
+from loader.kernels.tuned import Measured, Table, file_name, find_table, to_change
 
 
 def tune(
@@ -28,39 +28,50 @@ def tune(
     most: int,
     until: float | None,
     shown: Shown,
+    again: bool = False,
+    seed: int = 0,
 ) -> bool:
     """Search for whatever of `models` and `tokens` the device's table in `folder` has not, and save after each find.
 
-    False, and a line says so, where `until` passed before all of it was there.
+    With `again` for what it has, too, which stays unless something is faster beside it; another `seed` draws others.
+    False, and a line says so, where `until` passed before all of it was done.
     """
-    import triton
-
-    device = torch.cuda.get_device_name()
-    path = folder / file_name(device)
-    table = find_table(device, folder) or Table(device=device, versions={})
-    here = {"torch": torch.__version__, "triton": triton.__version__}
+    path = folder / file_name(torch.cuda.get_device_name())
     for model in models:
-        missing = [count for count in tokens if not _is_complete(table, model, count)]
-        if not missing:
+        table = _read(path)
+        left = [count for count in tokens if again or not _is_complete(table, model, count)]
+        if not left:
             shown.say(f"{model.name} tp {model.tp_size} {model.format}: all of it is in {path}")
             continue
-        _require_same_versions(table, here, path)
-        table.versions = {**table.versions, **here}
+        _require_same_versions(table, path)
         layers = layers_of(model, "cuda", 0)
-        for count in missing:
+        for count in left:
             if until is not None and time.monotonic() > until:
-                shown.say(f"the time is up; what was found is in {path}, and the same command goes on from there")
+                more = "" if again else ", and the same command goes on from there"
+                shown.say(f"the time is up; what was found is in {path}{more}")
                 return False
             shown.point(_name(model, count))
             some = problems_of(model, layers, count, 0)
-            shown.say(_tune_one(table, model, some, most, lambda: table.save(path), shown.tried))
+            shown.say(_tune_one(path, model, some, most, again, seed, shown.tried))
             shown.found()
         del layers
         torch.cuda.empty_cache()
     return True
 
 
-def _require_same_versions(table: Table, here: Mapping[str, str], path: Path) -> None:
+def _read(path: Path) -> Table:
+    device = torch.cuda.get_device_name()
+    return find_table(device, path.parent) or Table(device=device, versions={})
+
+
+def _versions() -> dict[str, str]:
+    import triton
+
+    return {"torch": torch.__version__, "triton": triton.__version__}
+
+
+def _require_same_versions(table: Table, path: Path) -> None:
+    here = _versions()
     before = {name: table.versions[name] for name in here if name in table.versions}
     if table.configs and before != {name: here[name] for name in before}:
         raise TableError(
@@ -91,20 +102,23 @@ def _name(model: Model, tokens: int) -> str:
 
 
 def _tune_one(
-    table: Table,
+    path: Path,
     model: Model,
     problems: Sequence[Problem],
     most: int,
-    save: Callable[[], object],
+    again: bool,
+    seed: int,
     tried: Callable[[], None],
 ) -> str:
     shapes, tokens = _shapes(model), len(problems[0].x_TD)
+    table = _read(path)
     for shape, some in zip(shapes, _parts(model, problems), strict=True):
-        if tokens not in table.configs.get(shape, {}):
-            start = _of_others(table, shape, tokens)
-            best = search(some, shape, most=max(4, most // 3) if start else most, start=start, done=tried)
-            _note(table, shape, Measured(tokens=tokens, microseconds=round(best.microseconds, 3), config=best.config))
-            save()
+        if again or tokens not in table.configs.get(shape, {}):
+            start = _known(table, shape, tokens)
+            fewer = max(4, most // 3) if start else most
+            best = search(some, shape, most=fewer, start=start, seed=seed, done=tried)
+            found = Measured(tokens=tokens, microseconds=round(best.microseconds, 3), config=best.config)
+            table = _save(path, shape, found)
     fused = table.configs[model.shape][tokens]
     if not model.n_shared:
         return f"{_name(model, tokens)}: {fused.microseconds:.1f} us"
@@ -115,23 +129,23 @@ def _tune_one(
         }
     )
     together, apart = us["fused"], us["apart"]
-    _note(table, model.shape, replace(fused, microseconds=round(together, 3), apart_microseconds=round(apart, 3)))
-    save()
+    _save(path, model.shape, replace(fused, microseconds=round(together, 3), apart_microseconds=round(apart, 3)))
     return f"{_name(model, tokens)}: {together:.1f} us, {apart:.1f} with the shared slots on their own"
 
 
-def _of_others(table: Table, shape: Shape, tokens: int) -> list[Config]:
-    """What won for other stacks of this format with as many tokens, once each: a shorter search can start there."""
-    found = (
-        measured[tokens].config
-        for other, measured in table.configs.items()
-        if other.format == shape.format and tokens in measured and not misfit(measured[tokens].config, shape)
-    )
-    return list(dict.fromkeys(found))
+def _known(table: Table, shape: Shape, tokens: int) -> list[Config]:
+    """What won for as many tokens, once each, its own first, then other stacks': a shorter search can start there."""
+    others = (each for each in table.configs if each != shape and each.format == shape.format)
+    won = (table.configs[each][tokens].config for each in (shape, *others) if tokens in table.configs.get(each, {}))
+    return [config for config in dict.fromkeys(won) if not misfit(config, shape)]
 
 
-def _note(table: Table, shape: Shape, measured: Measured) -> None:
-    table.configs.setdefault(shape, {})[measured.tokens] = measured
+def _save(path: Path, shape: Shape, measured: Measured) -> Table:
+    with to_change(path, torch.cuda.get_device_name()) as table:
+        _require_same_versions(table, path)
+        table.versions = {**table.versions, **_versions()}
+        table.configs.setdefault(shape, {})[measured.tokens] = measured
+    return table
 
 
 def _parts(model: Model, problems: Sequence[Problem]) -> list[list[Problem]]:

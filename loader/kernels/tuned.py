@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,25 @@ class Table:
                 for shape in shapes
             ],
         }
+
+
+@contextmanager
+def to_change(path: Path, device: str) -> Iterator[Table]:
+    """The table at `path` as it is now, or a new one; it is written when the block ends, and nobody else's until then.
+
+    Several processes may fill one table, a GPU each: what one finds does not undo what another found meanwhile.
+    """
+    import fcntl  # of Unix, as Triton is
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)  # not the file, which each writing replaces
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        table = read_table(path, device) if path.exists() else Table(device=device, versions={})
+        yield table
+        table.save(path)
+    finally:
+        os.close(folder)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
+from loader.bench.fetched import MANIFEST
 from loader.bench.problem import Model
 from loader.bench.report import Point, Report
 from loader.bench.timing import Ceilings
@@ -49,3 +53,14 @@ def report(*points: Point) -> Report:
         ceilings=CEILINGS,
         points=list(points),
     )
+
+
+def fetched(folder: Path, *members: str) -> Path:
+    """A folder as `benchmarks/peers/fetch.py` leaves it, with empty files."""
+    digest = hashlib.sha256(b"").hexdigest()
+    for member in members:
+        (folder / member).parent.mkdir(parents=True, exist_ok=True)
+        (folder / member).write_bytes(b"")
+    files = [{"member": member, "stored": member, "sha256": digest} for member in members]
+    (folder / MANIFEST).write_text(json.dumps({"files": files}))
+    return folder

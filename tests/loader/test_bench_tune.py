@@ -21,7 +21,7 @@ from loader.bench.problem import Model, problems, random_experts
 from loader.bench.shown import Shown, shown
 from loader.errors import BenchError, TableError
 from loader.kernels.configs import Config, Shape, Tiles, default
-from loader.kernels.tuned import Measured, Table, file_name, read_table
+from loader.kernels.tuned import Measured, Table, file_name, read_table, to_change
 from tests.loader.bench_fakes import model
 
 pytestmark = pytest.mark.kernels
@@ -130,6 +130,36 @@ def test_a_lucky_reading_does_not_win(bench: Any, monkeypatch: pytest.MonkeyPatc
     assert (best.config, best.microseconds) == (GOAL, 1.25)
 
 
+def test_what_a_search_starts_from_is_beside_the_best_at_the_end(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unlucky when it was timed by itself, it stays; the other starts get no second chance."""
+    first, second = (replace(GOAL, gate_up=replace(GOAL.gate_up, block_n=n)) for n in (512, 1024))
+    slow = {first: 1000.0, second: 2000.0}
+    clock = use(
+        monkeypatch,
+        bench,
+        Clock(lambda config: slow.get(config) or distance(config, GOAL), again=lambda config: 1.0 + (config != first)),
+    )
+    best = bench.search(one_problem(2048), SHAPE, most=6, start=[first, second])
+    assert best.config == first
+    assert clock.finalists[bench.FINALISTS :] == [first]
+    assert second not in clock.finalists
+
+
+def test_what_it_starts_from_and_can_not_be_launched_is_not_timed_again(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = replace(GOAL, gate_up=replace(GOAL.gate_up, block_n=512))
+
+    def cost(config: Config) -> float:
+        if config == start:
+            raise RuntimeError("out of resource: shared memory")
+        return distance(config, GOAL)
+
+    clock = use(monkeypatch, bench, Clock(cost))
+    bench.search(one_problem(2048), SHAPE, most=6, start=[start])
+    assert clock.asked[0] == start and start not in clock.finalists
+
+
 def test_a_search_is_the_same_each_time(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clocks = []
     for seed in (0, 0, 1):
@@ -176,11 +206,14 @@ class Searches:
     def __init__(self, failing: int | None = None) -> None:
         self.of: list[tuple[Shape, int]] = []
         self.starts: list[list[Config]] = []
+        self.asked: list[tuple[int, int]] = []
         self.saved: list[int] = []
         self.failing = failing
         self.path = Path()
 
-    def __call__(self, some: Any, shape: Shape, *, most: int, start: list[Config], done: Callable[[], None]) -> Any:
+    def __call__(
+        self, some: Any, shape: Shape, *, most: int, start: list[Config], seed: int, done: Callable[[], None]
+    ) -> Any:
         from loader.bench.tune import Best
 
         if self.path.exists():
@@ -191,7 +224,8 @@ class Searches:
         assert some[0].topk_ids_TK.shape[1] == shape.top_k
         self.of.append((shape, tokens))
         self.starts.append(start)
-        found = candidates(shape, tokens, 132)[0]
+        self.asked.append((most, seed))
+        found = candidates(shape, tokens, 132)[seed]
         return Best(config=found, microseconds=10.0 * tokens + len(self.of), tried=most, failed=0)
 
 
@@ -207,7 +241,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     monkeypatch.setattr(tuning, "in_turns", lambda contenders: {"fused": 20.5, "apart": 25.5})
 
     def go(
-        models: list[Model], tokens: list[int], *, until: float | None = None, failing: int | None = None
+        models: list[Model], tokens: list[int], *, failing: int | None = None, **options: Any
     ) -> tuple[bool, list[str], Searches]:
         said: list[str] = []
         searches = Searches(failing)
@@ -215,7 +249,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
         monkeypatch.setattr(lines, "say", said.append)
         searches.path = tmp_path / file_name(DEVICE)
         monkeypatch.setattr(tuning, "search", searches)
-        done = tuning.tune(models, tokens, folder=tmp_path, most=9, until=until, shown=lines)
+        done = tuning.tune(models, tokens, folder=tmp_path, most=9, shown=lines, **{"until": None, **options})
         return done, said, searches
 
     return go
@@ -276,6 +310,46 @@ def test_what_is_there_is_not_measured_again(run: Callable[..., Any], tmp_path: 
     _, _, searches = run([model()], [1, 4])
     assert {tokens for _, tokens in searches.of} == {4}
     assert table(tmp_path).configs[model().shape][1] == before
+
+
+def test_again_starts_at_what_is_there(run: Callable[..., Any], tmp_path: Path) -> None:
+    of = model()
+    run([of], [1, 16])
+    before = table(tmp_path).configs
+    _, said, searches = run([of], [16], again=True, seed=1)
+    assert [tokens for _, tokens in searches.of] == [16, 16]
+    own = [before[shape][16].config for shape in (of.shape, of.shape.routed(1))]
+    assert [start[0] for start in searches.starts] == own
+    assert searches.asked == [(4, 1), (4, 1)]
+    assert said == ["small tp 1 bf16, 16 tokens: 20.5 us, 25.5 with the shared slots on their own"]
+    after = table(tmp_path).configs
+    assert after[of.shape][16].config == candidates(of.shape, 16, 132)[1] != own[0]
+    assert after[of.shape][1] == before[of.shape][1]
+
+
+def test_again_does_not_go_on_where_it_was(run: Callable[..., Any], tmp_path: Path) -> None:
+    run([model()], [1])
+    done, said, searches = run([model()], [1], until=time.monotonic() - 1, again=True)
+    assert not done and searches.of == []
+    assert said == [f"the time is up; what was found is in {tmp_path / file_name(DEVICE)}"]
+
+
+def test_what_another_process_finds_meanwhile_stays(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loader.bench import tuning
+
+    one = Measured(tokens=16, microseconds=5.0, config=default(SHAPE, 16, 132))
+
+    def meanwhile(of: Model, device: str, seed: int) -> list[Any]:
+        with to_change(tmp_path / file_name(DEVICE), DEVICE) as others:
+            others.configs[SHAPE] = {16: one}
+        return [random_experts(of, "cpu", seed)]
+
+    monkeypatch.setattr(tuning, "layers_of", meanwhile)
+    run([model(n_shared=0)], [1])
+    assert table(tmp_path).configs.keys() == {SHAPE, model(n_shared=0).shape}
+    assert table(tmp_path).configs[SHAPE] == {16: one}
 
 
 @pytest.mark.parametrize("failing", [1, 2, 4])
@@ -368,12 +442,13 @@ def test_the_command_says_by_its_status_whether_it_was_done(
     monkeypatch.setattr(cli, "_require_gpu", lambda: None)
     arguments = ["--shape", "kimi-k2.5", "--tp", "8", "--format", "bf16,mxfp4", "--tokens", "1, 16"]
     done = CliRunner().invoke(
-        cli.tune_command, [*arguments, "--tables", str(tmp_path), "--most", "5", "--seconds", "60"]
+        cli.tune_command,
+        [*arguments, "--tables", str(tmp_path), "--most", "5", "--seconds", "60", "--again", "--seed", "3"],
     )
     assert done.exit_code == code
     assert done.output == "found it\n"
     assert (asked["models"], asked["tokens"], asked["most"]) == (["bf16", "mxfp4"], [1, 16], 5)
-    assert asked["folder"] == tmp_path
+    assert (asked["folder"], asked["again"], asked["seed"]) == (tmp_path, True, 3)
     assert 50 < asked["until"] - time.monotonic() <= 60
 
 

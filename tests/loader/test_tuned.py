@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from jsonschema import Draft202012Validator
 from loader.errors import TableError
 from loader.kernels import tuned
 from loader.kernels.configs import Config, Shape, Tiles, default, misfit
-from loader.kernels.tuned import Measured, Table, file_name, find_table, read_table
+from loader.kernels.tuned import Measured, Table, file_name, find_table, read_table, to_change
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = Shape(format="int4_g32", n_slots=385, hidden_size=7168, width=256, top_k=9)
 BF16 = replace(SHAPE, format="bf16")
 TILES = Tiles(block_n=32, block_c=256, warps=4, stages=3, group=2)
@@ -153,6 +156,46 @@ def test_where_shared_slots_are_better_on_their_own(apart: dict[int, float], exp
     for tokens, time in apart.items():
         made.configs[SHAPE][tokens] = replace(made.configs[SHAPE][tokens], apart_microseconds=time)
     assert made.dense_shared_from(SHAPE) == expected
+
+
+FILLS = """\
+import sys
+from dataclasses import replace
+from pathlib import Path
+from loader.kernels.tuned import to_change
+from tests.loader.test_tuned import SHAPE, table
+
+path, first = Path(sys.argv[1]), int(sys.argv[2])
+for count in range(first, first + 10):
+    with to_change(path, "NVIDIA H200") as now:
+        now.configs.setdefault(SHAPE, {}).update(table(count).configs[SHAPE])
+"""
+
+
+def test_processes_that_fill_one_table_undo_nothing_of_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "new" / file_name("NVIDIA H200")
+    command = [sys.executable, "-c", FILLS, str(path)]
+    filling = [subprocess.Popen([*command, str(first)], cwd=ROOT) for first in (1, 11, 21)]
+    assert [process.wait(timeout=120) for process in filling] == [0, 0, 0]
+    assert [*read_table(path).configs[SHAPE]] == list(range(1, 31))
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_change_that_fails_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / file_name("NVIDIA H200")
+    table(1).save(path)
+
+    def change_and_fail() -> None:
+        with to_change(path, "NVIDIA H200") as now:
+            now.configs.clear()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        change_and_fail()
+    assert read_table(path).configs == table(1).configs
+    with to_change(path, "NVIDIA H200") as now:  # which waits for nobody
+        now.configs.clear()
+    assert read_table(path).configs == {}
 
 
 def test_a_table_that_can_not_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

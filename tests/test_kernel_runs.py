@@ -1,0 +1,107 @@
+"""The runs behind the tables of kernels: each on a GPU of its own, into files of its own, none lost in silence."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks import kernels
+from loader.bench.cli import bench_command
+from tests.loader.bench_fakes import fetched
+
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure for minutes")
+
+
+class Processes:
+    """Stands for `subprocess.run`: notes which command ran on which GPU, and that no GPU had two at once."""
+
+    def __init__(self, failing: str) -> None:
+        self.failing, self.lock = failing, threading.Lock()
+        self.busy: set[str] = set()
+        self.ran: list[tuple[str, list[str]]] = []
+
+    def __call__(self, command: list[str], *, env: dict[str, str], stdout: Any, **_: Any) -> Any:
+        gpu = env["CUDA_VISIBLE_DEVICES"]
+        with self.lock:
+            assert gpu not in self.busy
+            self.busy.add(gpu)
+            self.ran.append((gpu, command))
+        stdout.write("what it printed")
+        time.sleep(0.01)
+        with self.lock:
+            self.busy.remove(gpu)
+        return subprocess.CompletedProcess(command, 1 if self.failing in " ".join(command) else 0)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, failing: str) -> tuple[Processes, list[str]]:
+    processes = Processes(failing)
+    monkeypatch.setattr(kernels.subprocess, "run", processes)
+    options = argparse.Namespace(out=tmp_path, tables=None, peers_dir=Path(".peers"))
+    return processes, kernels.run_all(kernels.RUNS, ["0", "3"], "NVIDIA H200", options)
+
+
+def test_each_run_has_a_gpu_and_files_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processes, failed = run(monkeypatch, tmp_path, failing="nothing")
+    assert failed == []
+    assert {gpu for gpu, _ in processes.ran} == {"0", "3"}
+    written = {command[command.index("--json") + 1] for _, command in processes.ran}
+    assert len(written) == len(kernels.RUNS) == 8
+    assert str(tmp_path / "h200-kimi-k2.5-tp8-int4_g32-mxfp4.json") in written
+    assert len(list(tmp_path.glob("*.log"))) == 8
+    assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+def test_what_fails_is_named_and_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processes, failed = run(monkeypatch, tmp_path, failing="deepseek-v3 --tp 8 --format int4_g32")
+    assert failed == ["h200-deepseek-v3-tp8-int4_g32-mxfp4"]
+    assert len(processes.ran) == 8
+    assert f"failed with 1, see {tmp_path / failed[0]}.log" in capsys.readouterr().out
+
+
+@WITHOUT_GPU
+@pytest.mark.parametrize("one", kernels.RUNS, ids=lambda one: one.name("NVIDIA H200"))
+def test_each_run_is_a_command_that_bench_takes(one: kernels.Run, tmp_path: Path) -> None:
+    """As far as to where it finds no GPU."""
+    peers = fetched(tmp_path, "sglang/a.py", "vllm/a.py")
+    _, *arguments = one.command(peers, None, tmp_path / "figures.json")
+    done = CliRunner().invoke(bench_command, arguments)
+    assert done.exit_code == 1 and "there is no GPU here" in done.output, done.output
+
+
+def test_all_are_chosen_or_some() -> None:
+    assert kernels.chosen("") == kernels.RUNS
+    assert {(each.shape, each.tp) for each in kernels.chosen("kimi-k2.5:8,deepseek-v3:1")} == {
+        ("kimi-k2.5", 8),
+        ("deepseek-v3", 1),
+    }
+    with pytest.raises(SystemExit, match="there is no `kimi:8`; there are deepseek-v3:1, "):
+        kernels.chosen("kimi-k2.5:8,kimi:8")
+
+
+@WITHOUT_GPU
+@pytest.mark.parametrize(("peers", "says"), [(False, "run `python benchmarks/peers/fetch.py` first"), (True, "no GPU")])
+def test_what_is_missing_is_said_before_anything_runs(tmp_path: Path, peers: bool, says: str) -> None:
+    if peers:
+        fetched(tmp_path)
+    script = Path(kernels.__file__)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "out"), "--peers-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and says in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
