@@ -74,6 +74,8 @@ def _rows(points: Sequence[Point], targets: Mapping[str, Sequence[float]]) -> It
             int4 = {point.tokens: point.ours_us for point in points if point.format == "int4_g32"}
             yield row("of int4", (each and _ratio(each.ours_us, int4.get(each.tokens)) for each in here))
         yield row("apart / ours", (each and _ratio(each.ours_apart_us, each.ours_us) for each in here))
+        if any(each and each.ours_counted_us for each in here):
+            yield row("counted / ours", (each and _ratio(each.ours_counted_us, each.ours_us) for each in here))
         yield row("router adds, µs", (each and f"{each.layer_us - each.ours_us:.0f}" for each in here))
         if name in targets:
             yield row(f"target, {'of Marlin' if name == 'int4_g32' else 'times the floor'}", map(str, targets[name]))

@@ -10,6 +10,7 @@ import pytest
 from loader.bench.report import Report
 from scripts import kernel_figures
 from scripts.kernel_figures import GENERATED, PAGE, RESULTS, TOKENS, fresh
+from tests.loader.bench_fakes import point, report
 
 
 def test_the_page_has_the_figures_of_the_runs() -> None:
@@ -43,7 +44,14 @@ def test_a_point_that_was_not_run_is_an_empty_cell(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(kernel_figures, "reports", lambda: {"one": report})
     page = fresh("<!-- generated: kimi-k2.5 8 -->\nold\n<!-- end -->\n")
     assert re.search(r"^\| \*\*bf16\*\*, µs \|\s+\| 92\.7 (\|\s+){6}\|$", page, re.MULTILINE), page
-    assert "old" not in page
+    assert "old" not in page and "counted" not in page
+
+
+def test_what_a_device_without_a_table_takes_is_told_where_it_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = [point(tokens=16), point(tokens=64, ours_counted_us=None)]
+    monkeypatch.setattr(kernel_figures, "reports", lambda: {"one": report(*some)})
+    page = fresh("<!-- generated: kimi-k2.5 8 -->\n<!-- end -->\n")
+    assert re.search(r"^\| counted / ours \|\s+\|\s+\| 1\.10 (\|\s+){5}\|$", page, re.MULTILINE), page
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)

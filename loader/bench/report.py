@@ -29,6 +29,8 @@ class Point:
     """Fused layout, experts only."""
     ours_apart_us: float | None
     """Routed slots, with the shared ones computed before them; None without shared ones."""
+    ours_counted_us: float | None
+    """Fused layout with the settings of a device that has no table; None in runs from before it was timed."""
     layer_us: float
     """Fused layout with the router before it."""
     error: float
@@ -49,7 +51,7 @@ class Point:
     def as_json(self) -> dict[str, Any]:
         """Flat, with each peer's time under its own name."""
         what = ("shape", "tp", "format", "tokens")
-        figures = ("ours_us", "floor_us", "ours_over_floor", "ours_apart_us", "layer_us", "error")
+        figures = ("ours_us", "floor_us", "ours_over_floor", "ours_apart_us", "ours_counted_us", "layer_us", "error")
         answer = {name: _rounded(getattr(self, name)) for name in (*what, *figures, "memory_us", "arithmetic_us")}
         answer |= {f"{name}_us": _rounded(value) for name, value in self.peers.items()}
         return answer | {"absent": self.absent, "config": self.config, "measured": self.measured}
@@ -115,17 +117,17 @@ class Report:
         return (
             f"{self.device}: copy {c.copy_bytes_per_second / 1e12:.2f} TB/s, bf16 {c.bf16_flops / 1e12:.0f} and "
             f"FP8 {c.fp8_flops / 1e12:.0f} TFLOP/s; microseconds of the experts of one layer; "
-            f"layer: fused, with the router before it\n"
+            f"counted: fused, without a table; layer: fused, with the router before it\n"
             f"{'shape':<14} {'tp':>3} {'format':<10} {'tokens':>6} {'floor':>9} {'fused':>9} {'apart':>9} "
-            f"{'x floor':>8} {'layer':>8}"
+            f"{'counted':>9} {'x floor':>8} {'layer':>8}"
         )
 
     def line(self, point: Point) -> str:
         """One point, with each peer's time and how many times ours it is."""
-        apart = "" if point.ours_apart_us is None else f"{point.ours_apart_us:.1f}"
+        apart, counted = ("" if us is None else f"{us:.1f}" for us in (point.ours_apart_us, point.ours_counted_us))
         text = (
             f"{point.shape:<14} {point.tp:>3} {point.format:<10} {point.tokens:>6} {point.floor_us:>9.1f} "
-            f"{point.ours_us:>9.1f} {apart:>9} {point.ours_over_floor:>8.2f} "
+            f"{point.ours_us:>9.1f} {apart:>9} {counted:>9} {point.ours_over_floor:>8.2f} "
             f"{point.layer_us:>8.1f}"
         )
         for name, us in point.peers.items():

@@ -87,6 +87,10 @@ def measure(
         name: capture([probe(*each, block) for each in slots]) for name, block in zip(probes, PROBE_BLOCKS, strict=True)
     }
     contenders |= {"ours": capture(fused), "layer": capture(layer)}
+    if (counted := configuration(shape, x_TD, None)) != config:
+        without_table = [ours.call(problem, counted) for problem in some]
+        _require_close(without_table[0](), reference, allowed, "ours, settings counted")
+        contenders["counted"] = capture(without_table)
     if model.n_shared:
         apart = [ours.apart_call(problem, table) for problem in some]
         _require_close(apart[0](), reference, allowed, "ours, apart")
@@ -104,6 +108,7 @@ def measure(
         arithmetic_us=arithmetic,
         ours_us=us["ours"],
         ours_apart_us=us.get("apart"),
+        ours_counted_us=us.get("counted", us["ours"]),
         layer_us=us["layer"],
         error=error,
         config=asdict(config),

@@ -114,8 +114,9 @@ def _tune_one(
     table = _read(path)
     for shape, some in zip(shapes, _parts(model, problems), strict=True):
         if again or tokens not in table.configs.get(shape, {}):
-            start = _known(table, shape, tokens)
-            fewer = max(4, most // 3) if start else most
+            known = _known(table, shape, tokens)
+            fewer = max(4, most // 3) if known else most
+            start = [*known, *_beside(table, shape, tokens)]
             best = search(some, shape, most=fewer, start=start, seed=seed, done=tried)
             found = Measured(tokens=tokens, microseconds=round(best.microseconds, 3), config=best.config)
             table = _save(path, shape, found)
@@ -138,6 +139,13 @@ def _known(table: Table, shape: Shape, tokens: int) -> list[Config]:
     others = (each for each in table.configs if each != shape and each.format == shape.format)
     won = (table.configs[each][tokens].config for each in (shape, *others) if tokens in table.configs.get(each, {}))
     return [config for config in dict.fromkeys(won) if not misfit(config, shape)]
+
+
+def _beside(table: Table, shape: Shape, tokens: int) -> list[Config]:
+    """What won for the next fewer and the next more tokens: worth a try, and no more."""
+    own = table.configs.get(shape, {})
+    fewer, more = ([n for n in sorted(own) if n < tokens], [n for n in sorted(own) if n > tokens])
+    return [own[n].config for n in (*fewer[-1:], *more[:1])]
 
 
 def _save(path: Path, shape: Shape, measured: Measured) -> Table:

@@ -36,6 +36,7 @@ def point(**other: Any) -> Point:
         "arithmetic_us": 5.0,
         "ours_us": 150.0,
         "ours_apart_us": 160.0,
+        "ours_counted_us": 165.0,
         "layer_us": 158.0,
         "error": 0.001,
         "config": {"block_m": 16},

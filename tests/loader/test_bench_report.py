@@ -35,11 +35,22 @@ def test_lines_for_people() -> None:
     one = point(ours_apart_us=120.0, peers={"marlin": 180.0}, measured=False)
     heading, line = report().heading(), report().line(one)
     assert "NVIDIA H200: copy 4.20 TB/s, bf16 780 and FP8 1400 TFLOP/s" in heading
-    assert line.split()[:9] == ["kimi-k2.5", "8", "int4_g32", "16", "100.0", "150.0", "120.0", "1.50", "158.0"]
+    assert line.split()[:10] == [
+        "kimi-k2.5",
+        "8",
+        "int4_g32",
+        "16",
+        "100.0",
+        "150.0",
+        "120.0",
+        "165.0",
+        "1.50",
+        "158.0",
+    ]
     assert "marlin 180.0 (1.20x)" in line
     assert line.endswith("[settings counted, not measured]")
     assert len(heading.splitlines()[1]) == line.index("  marlin")
-    alone = report().line(point(ours_apart_us=None))
+    alone = report().line(point(ours_apart_us=None, ours_counted_us=None))
     assert alone.split()[6:] == ["1.50", "158.0"]
     assert len(alone) == len(heading.splitlines()[1])
 

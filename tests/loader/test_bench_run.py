@@ -75,6 +75,7 @@ def test_a_point_of_each_format(bench: Any, format_name: str, tokens: int) -> No
     assert (found.memory_us, found.ours_us, found.layer_us, found.ours_apart_us) == (10.0, 20.0, 30.0, 40.0)
     assert (found.floor_us, found.ours_over_floor) == (10.0, 2.0)
     assert not found.measured
+    assert found.ours_counted_us == found.ours_us
     rate = CEILINGS.fp8_flops if format_name == "fp8_block" else CEILINGS.bf16_flops
     assert found.arithmetic_us == pytest.approx(2 * tokens * 3 * 3 * 64 * 32 / rate * 1e6)
 
@@ -93,6 +94,8 @@ def test_settings_of_a_table_are_used_and_said(bench: Any) -> None:
     found = measure(bench, table=table)
     assert found.measured
     assert found.config == asdict(config)
+    assert [*bench.in_turns.asked][1:] == ["ours", "layer", "counted", "apart"]
+    assert (found.ours_us, found.ours_counted_us, found.ours_apart_us) == (20.0, 40.0, 50.0)
 
 
 @pytest.mark.parametrize("half", ["call", "apart_call", "layer_call"])
@@ -106,6 +109,20 @@ def test_a_wrong_kernel_is_refused_before_it_is_timed(bench: Any, monkeypatch: p
     with pytest.raises(BenchError, match=r"^ours.* is 0\.\d+ off the reference, allowed are"):
         measure(bench)
     assert not bench.in_turns.asked
+
+
+def test_counted_settings_that_are_wrong_are_refused(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, shape = bench.ours.call, model().shape
+    table = Table(device="NVIDIA H200", versions={})
+    config = replace(default(shape, 3, 1), splits=2)
+    table.configs[shape] = {4: Measured(tokens=4, microseconds=1.0, config=config)}
+
+    def wrong(problem: Problem, used: Any) -> Callable[[], Tensor]:
+        return lambda: right(problem, used)() * (1.0 if used == config else 1.1)
+
+    monkeypatch.setattr(bench.ours, "call", wrong)
+    with pytest.raises(BenchError, match=r"^ours, settings counted is 0\.\d+ off the reference"):
+        measure(bench, table=table)
 
 
 def test_a_router_may_differ_in_a_near_tie_and_not_in_more(bench: Any) -> None:

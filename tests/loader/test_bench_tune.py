@@ -327,6 +327,20 @@ def test_again_starts_at_what_is_there(run: Callable[..., Any], tmp_path: Path) 
     assert after[of.shape][1] == before[of.shape][1]
 
 
+def test_what_won_for_the_next_fewer_and_more_tokens_is_tried(run: Callable[..., Any], tmp_path: Path) -> None:
+    """That makes no search shorter."""
+    of = model(n_shared=0)
+    path = tmp_path / file_name(DEVICE)
+    configs = {
+        n: replace(default(of.shape, 16, 132), splits=splits) for n, splits in ((1, 1), (4, 2), (64, 4), (256, 8))
+    }
+    found = {n: Measured(tokens=n, microseconds=5.0, config=config) for n, config in configs.items()}
+    Table(device=DEVICE, versions={}, configs={of.shape: found}).save(path)
+    _, _, searches = run([of], [16])
+    assert searches.starts == [[configs[4], configs[64]]]
+    assert searches.asked == [(9, 0)]
+
+
 def test_again_does_not_go_on_where_it_was(run: Callable[..., Any], tmp_path: Path) -> None:
     run([model()], [1])
     done, said, searches = run([model()], [1], until=time.monotonic() - 1, again=True)
