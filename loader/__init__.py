@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loader.build import build
-    from loader.errors import BuildError, PlanError, PlanFault, StaleDecisionError, VerificationError
+    from loader.errors import (
+        BuildError,
+        PlanError,
+        PlanFault,
+        RecipeError,
+        StaleDecisionError,
+        TableError,
+        VerificationError,
+    )
     from loader.load import load_moe
     from loader.make_checkpoint import Recipe, make_checkpoint
     from loader.measured import read_facts
@@ -35,8 +43,10 @@ __all__ = [
     "PlanFault",
     "Rank",
     "Recipe",
+    "RecipeError",
     "RouterConfig",
     "StaleDecisionError",
+    "TableError",
     "VerificationError",
     "Verified",
     "Verifier",
@@ -53,7 +63,15 @@ __all__ = [
 
 _HOMES = {
     "build": ("build",),
-    "errors": ("BuildError", "PlanError", "PlanFault", "StaleDecisionError", "VerificationError"),
+    "errors": (
+        "BuildError",
+        "PlanError",
+        "PlanFault",
+        "RecipeError",
+        "StaleDecisionError",
+        "TableError",
+        "VerificationError",
+    ),
     "load": ("load_moe",),
     "make_checkpoint": ("Recipe", "make_checkpoint"),
     "measured": ("read_facts",),

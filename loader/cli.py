@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from gatekeeper import (
     runners_of,
 )
 from loader.bench.cli import bench_command, tables_option, tune_command
+from loader.errors import RecipeError
 
 if TYPE_CHECKING:
     from loader.plan import Plan
@@ -291,7 +293,8 @@ def make_checkpoint_command(out: Path, **options: Any) -> None:
     from loader.make_checkpoint import Recipe, make_checkpoint
     from loader.text import human
 
-    make_checkpoint(out, Recipe(**options))
+    with _usage():
+        make_checkpoint(out, Recipe(**options))
     files = [path for path in out.iterdir() if path.is_file()]
     click.echo(f"wrote {out}: {len(files)} files, {human(sum(path.stat().st_size for path in files))}")
 
@@ -319,7 +322,8 @@ def shrink_command(
     from loader.shrink import Shrunk, shrink
 
     drafts = (draft or routed, draft_shared or shared)
-    shrink(out, Shrunk(config=config, formats=(routed, shared), draft_formats=drafts, **sizes))
+    with _usage():
+        shrink(out, Shrunk(config=config, formats=(routed, shared), draft_formats=drafts, **sizes))
     click.echo(f"wrote {out}")
 
 
@@ -348,6 +352,15 @@ def main() -> None:
     except OSError as error:  # a full disk, a folder that may not be read
         click.echo(f"error: `{error.filename}`: {error.strerror or error}", err=True)
         sys.exit(BAD_NEWS)
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """What nobody can make was asked for: wrong usage."""
+    try:
+        yield
+    except RecipeError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def _settings(settings: tuple[str, ...]) -> dict[str, Any]:

@@ -49,6 +49,10 @@ class PlanError(GatekeeperError):
         return frozenset(fault.code for fault in self.faults)
 
 
+class RecipeError(GatekeeperError):
+    """A checkpoint that nobody could make was asked for: an unknown name, sizes that do not go together."""
+
+
 class BuildError(GatekeeperError):
     """A plan could not be carried out to the end; nothing of it is left in memory."""
 

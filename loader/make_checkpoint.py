@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gatekeeper import CheckpointError
 from loader.blueprints import BLUEPRINTS, Blueprint, quantization_config
+from loader.errors import RecipeError
 from loader.packing import PACKERS
 from loader.shards import write_shards
 from loader.text import count
@@ -56,7 +57,7 @@ class Recipe:
 def make_checkpoint(out: Path, recipe: Recipe) -> Path:
     """Write the checkpoint into `out`, whole or not at all, and return `out`.
 
-    Raises `CheckpointError` where `out` is a folder with something in it, a file, or the recipe can't be made.
+    Raises `CheckpointError` where `out` is a file or has something in it, `RecipeError` where nobody can make it.
     """
     maker = _Maker(recipe)
     files = {"config.json": json.dumps(maker.config(), indent=2) + "\n"}
@@ -89,17 +90,15 @@ def write_checkpoint(
 class _Maker:
     def __init__(self, recipe: Recipe) -> None:
         if recipe.family not in BLUEPRINTS:
-            raise CheckpointError(
-                f"no blueprint of family `{recipe.family}`; there are {', '.join(sorted(BLUEPRINTS))}"
-            )
+            raise RecipeError(f"no blueprint of family `{recipe.family}`; there are {', '.join(sorted(BLUEPRINTS))}")
         self.recipe = recipe
         self.blueprint: Blueprint = BLUEPRINTS[recipe.family]
         self.shared_format = recipe.shared_format or SHARED_AS_SHIPPED.get(recipe.format_name, recipe.format_name)
         for name in (recipe.format_name, self.shared_format):
             if name not in PACKERS:
-                raise CheckpointError(f"no packer for format `{name}`; there are {', '.join(sorted(PACKERS))}")
+                raise RecipeError(f"no packer for format `{name}`; there are {', '.join(sorted(PACKERS))}")
         if (recipe.format_name, self.shared_format) not in PAIRS:
-            raise CheckpointError(
+            raise RecipeError(
                 f"no quantizer writes routed experts in {recipe.format_name} and shared ones in {self.shared_format}; "
                 f"use {recipe.format_name} or bf16 for the shared ones"
             )
@@ -124,7 +123,7 @@ class _Maker:
         elif self.experts // groups * self.blueprint.config["topk_group"] < self.top_k:
             wrong.append(f"{self.experts} experts in {groups} groups are too few for top {self.top_k}")
         if wrong:
-            raise CheckpointError("; ".join(wrong))
+            raise RecipeError("; ".join(wrong))
 
     @property
     def moe_layers(self) -> range:

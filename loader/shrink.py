@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gatekeeper import CheckpointError, Family, load_rules, read_facts
+from loader.errors import RecipeError
 from loader.make_checkpoint import write_checkpoint
 from loader.packing import PACKERS
 
@@ -50,8 +51,9 @@ def shrink(out: Path, what: Shrunk) -> Path:
     """Write the checkpoint into `out`, whole or not at all, and return `out`.
 
     Which layers are dense is said as the real config says it. The formats are not read from its lists: whether those
-    say the same is what such a checkpoint is for. Raises `CheckpointError` where `out` is not empty, no family knows
-    the model, a format has no packer, or the config has no key for which layers are dense.
+    say the same is what such a checkpoint is for. Raises `RecipeError` where a format has no packer or the model has
+    fewer layers, `CheckpointError` where `out` is not empty, no family knows the model, or no key of its config says
+    which layers are dense.
     """
     maker = _Maker(what)
     beside = what.config.parent / HF_QUANT
@@ -66,7 +68,7 @@ class _Maker:
         self.what = what
         unknown = sorted({*what.formats, *(what.draft_formats or ())} - PACKERS.keys())
         if unknown:
-            raise CheckpointError(f"no packer for format `{unknown[0]}`; there are {', '.join(sorted(PACKERS))}")
+            raise RecipeError(f"no packer for format `{unknown[0]}`; there are {', '.join(sorted(PACKERS))}")
         rules = load_rules()
         values = read_facts(what.config, rules=rules).values
         family = rules.families.get(str(values.get("model.family")))
@@ -76,7 +78,7 @@ class _Maker:
         self.n_shared = values.get("model.n_shared_experts")
         layers, numbers = values.get("model.num_hidden_layers"), family.layer_numbers(values) or []
         if not isinstance(layers, int) or sum(role == "main" for role, _, _ in numbers) < what.layers:
-            raise CheckpointError(f"`{what.config}` has fewer than {what.layers} layers with experts")
+            raise RecipeError(f"`{what.config}` has fewer than {what.layers} layers with experts")
         first = layers - what.layers
         self.blocks = [
             (

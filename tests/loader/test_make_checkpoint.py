@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from safetensors import safe_open
 
 from gatekeeper import CheckpointError, read_facts, read_index
-from loader import Recipe, make_checkpoint
+from loader import Recipe, RecipeError, make_checkpoint
 from loader.blueprints import BLUEPRINTS
+from loader.cli import group
 from loader.packing import PACKERS
 
 # The model in tests/corpus that each family's blueprint looks like.
@@ -177,6 +179,21 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_recipes_that_make_no_sense(tmp_path: Path, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(RecipeError, match=words):
         make_checkpoint(tmp_path / "out", Recipe(**{"family": "deepseek_v3", "format_name": "bf16", **options}))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("make-checkpoint {out} --family gpt5 --format bf16", "no blueprint of family `gpt5`; there are deepseek_v2, "),
+        ("shrink {config} {out} --format int3 --shared-format bf16", "no packer for format `int3`; there are bf16, "),
+        ("shrink {config} {out} --format bf16 --shared-format bf16 --layers 99", "fewer than 99 layers with experts"),
+    ],
+)
+def test_what_nobody_can_make_is_wrong_usage(root: Path, tmp_path: Path, command: str, says: str) -> None:
+    config = root / "tests" / "corpus" / "moonshotai__Kimi-K2.5" / "config.json"
+    done = CliRunner().invoke(group, command.format(out=tmp_path / "out", config=config).split())
+    assert done.exit_code == 2 and says in done.output, done.output
     assert list(tmp_path.iterdir()) == []

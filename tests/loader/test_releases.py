@@ -130,7 +130,6 @@ def test_layers_keep_their_numbers(release: Callable[[str], Path]) -> None:
     ("config", "formats", "words"),
     [
         ("google__gemma-4-26B-A4B", ("bf16", "bf16"), "no family with experts one by one"),
-        ("moonshotai__Kimi-K2.5", ("int3", "bf16"), "no packer for format `int3`"),
         ("MiniMaxAI__MiniMax-M2", ("bf16", "bf16"), "no key that says which layers are dense"),
     ],
 )
