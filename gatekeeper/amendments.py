@@ -128,6 +128,8 @@ class GateAmender:
 
     def _unknown(self, code: str, kind: str, name: str, names: list[str], path: tuple[str | int, ...]) -> None:
         hint = nearest(name, names) or (f"; it has {', '.join(names)}" if names else "; it has none")
+        if path[0] != "drop" and any(one.get(kind) == name for one in self.document.data.get("drop", ())):
+            hint = " any more: this amendment drops it, before it replaces and adds"
         message = f"gate `{self.feature.name}/{self.gate.name}` has no {kind} `{name}`{hint}"
         _fault(self.parser, code, message, self.document, path)
 

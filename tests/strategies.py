@@ -685,7 +685,11 @@ def gate_changes(draw: st.DrawFn, context: Context, made: Made, gate: Spec, take
             option = options.pop(draw(st.integers(0, len(options) - 1)))
             change("replace", option=draw(option_bodies(context, made, option)))
         elif way == "drop option" and len(options) > 1:
-            change("drop", option=options.pop(draw(st.integers(0, len(options) - 1))))
+            # What is dropped is gone when others are added before it.
+            named = {one.get("before") for one in changes.get("add", [])}
+            name = draw(st.sampled_from([option for option in options if option not in named]))
+            options.remove(name)
+            change("drop", option=name)
     return changes
 
 

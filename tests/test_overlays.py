@@ -178,6 +178,7 @@ def test_an_overlay_brings_gates_facts_and_requirements_of_its_own() -> None:
         ("amends: fused/mian\ndrop: [{requirement: even, because: It is just so.}]", "unknown-gate: unknown gate `fused/mian`, did you mean `fused/main`?"),
         ("amends: fused/main\ndrop: [{requirement: evn, because: It is just so.}]", "unknown-requirement: gate `fused/main` has no requirement `evn`, did you mean `even`?"),
         ("amends: fused/main\ndrop: [{option: x, because: It is just so.}]", "unknown-option: gate `fused/main` has no option `x`; it has none"),
+        ("amends: fused/main\ndrop: [{requirement: even, because: It is just so.}]\nreplace: [{requirement: {id: even, protects: speed, that: {model.n: 1}, reason: '{model.n}'}, because: It is just so.}]", "unknown-requirement: gate `fused/main` has no requirement `even` any more: this amendment drops it, before it replaces and adds"),
         ("amends: odd\ndrop: [{because: It is just so.}]", "unknown-requirement: unknown requirement `odd`"),
         ("amends: even\nadd: [{requirement: {use: even}, because: It is just so.}]", "wrong-amendment: nothing can be added to a shared requirement"),
         ("amends: fused/main\nadd: [{requirement: {use: even}, because: It is just so.}]", "duplicate-id: requirement `even` stands twice"),
