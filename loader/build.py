@@ -286,6 +286,7 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Sk
             biases=biases,
             n_shared=n_shared,
             dense_shared_from=plan.dense_shared_from,
+            is_part=plan.held is not None,
         )
         homes.update({f"{prefix}.{name}": (made, name) for name, _ in made.named_parameters()})
         return made

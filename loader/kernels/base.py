@@ -26,6 +26,8 @@ class ExpertWeights(Protocol):
 
     n_shared: int
     """Slots at the end that all tokens go to, by the last columns of their ids: shared experts."""
+    is_part: bool
+    """Whether slots of a token may be on other ranks, and weigh nothing here."""
     dense_shared_from: int
     """Tokens of a call from which those are better computed on their own; 0: never."""
     table: Table | None

@@ -119,13 +119,14 @@ def default(
     pairs = max(tokens * shape.top_k, 1)
     block_m = block_m or _block_m(shape, pairs, multiprocessors, least, x_bytes)
     blocks = max(min(shape.n_slots, pairs), pairs // block_m)
-    gate_up, down = _tiles(shape, block_m, rows=2), _keeping(shape, block_m, blocks, multiprocessors)
-    # With float32 what is unpacked goes through shared memory too.
-    room = limit if x_bytes <= 2 and shape.width <= MOST_KEPT else 0
+    wide = x_bytes > 2
+    gate_up = _tiles(shape, block_m, rows=2, wide=wide)
+    down = _keeping(shape, block_m, blocks, multiprocessors)
+    room = limit if not wide and shape.width <= MOST_KEPT else 0
     # With few strips to a program walks are better, but for one token, which has too few tiles for them.
     is_short = down.strips < LEAST_STRIPS and not alone
     if is_short or shared_bytes(shape, block_m, 1, replace(down, stages=2), x_bytes) > room:
-        down = _tiles(shape, block_m, rows=1)
+        down = _tiles(shape, block_m, rows=1, wide=wide)
     if block_m >= LARGE and blocks * shape.width < multiprocessors * gate_up.block_n:
         gate_up = replace(gate_up, block_n=gate_up.block_n // 2)
     tiles = blocks * -(-shape.width // gate_up.block_n)
@@ -148,8 +149,9 @@ def _block_m(shape: Shape, pairs: int, multiprocessors: int, least: int, x_bytes
     # What is unpacked takes long enough for `mma.sync` to keep up, and shared memory to be short: half as high is read
     # half as often.
     least = least if shape.format in PACKED and x_bytes <= 2 else 16
-    # With float32 both operands of FP8 are widened in shared memory, which has no room for more.
-    most = 128 if shape.format != "fp8_block" else 64 if x_bytes <= 2 else 32
+    # With float32, operands of FP8 are widened in shared memory, and unpacked ones go through it: no room for more.
+    heights = {"plain": (128, 128), "fp8_block": (64, 32)}.get(KINDS[shape.format], (128, 32))
+    most = heights[x_bytes > 2]
     # Few slots, as a shared expert alone, have few tiles unless these are low; to unpack numbers again costs more.
     low = 32 if shape.format in PACKED else least
     for_all = pairs * (shape.width / 64) / (1.5 * multiprocessors)
@@ -218,8 +220,8 @@ def fitting(config: Config, shape: Shape, limit: int, x_bytes: int = 2) -> Confi
     return replace(config, gate_up=fit(config.gate_up, 2), down=fit(config.down, 1))
 
 
-def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
-    """Of gate_up, which has two `rows` of weights to a column of the intermediate, or of down."""
+def _tiles(shape: Shape, block_m: int, *, rows: int, wide: bool) -> Tiles:
+    """Of gate_up, which has two `rows` of weights to a column of the intermediate, or of down; `wide`: x is float32."""
     inner = shape.hidden_size if rows == 2 else shape.width
     walks = 0 if rows == 2 else 4  # few steps make a tile of down, so that programs walk along several
     if shape.format == "fp8_block" and block_m >= LARGE:
@@ -228,6 +230,8 @@ def _tiles(shape: Shape, block_m: int, *, rows: int) -> Tiles:
     if shape.format == "fp8_block":
         wide = block_m == 32 and rows == 1
         return Tiles(block_n=256 if wide else 128 // rows, block_c=128, warps=4, stages=4 - wide, programs=walks)
+    if shape.format in PACKED and wide:  # what is unpacked goes through shared memory too
+        return Tiles(block_n=64 // rows, block_c=128, warps=4, stages=2)
     if shape.format in PACKED and block_m >= LARGE:
         # Of int4's `down` two stages leave shared memory for a second thread block, which unpacks while one multiplies.
         stages = 2 if rows == 1 and shape.format == "int4_g32" else 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,10 +16,10 @@ from loader.kernels.tuned import Table
 
 def run(x_TD: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor, weights: ExpertWeights) -> Tensor:
     """The sum over all slots, in the dtype of x. Fusing is a layout, so that each batch goes the faster way."""
-    experts = TritonExperts(weights)
+    experts, table, is_part = TritonExperts(weights), weights.table, weights.is_part
     if weights.n_shared and 0 < weights.dense_shared_from <= len(x_TD):
-        return apart(experts, x_TD, topk_weights_TK, topk_ids_TK, weights.n_shared, weights.table)
-    config = configuration(experts.shape(topk_ids_TK.shape[1]), x_TD, weights.table)
+        return apart(experts, x_TD, topk_weights_TK, topk_ids_TK, weights.n_shared, table, is_part=is_part)
+    config = configuration(experts.shape(topk_ids_TK.shape[1]), x_TD, table, is_part=is_part)
     return experts(x_TD, topk_weights_TK, topk_ids_TK, config=config)
 
 
@@ -28,6 +30,8 @@ def apart(
     topk_ids_TK: Tensor,
     n_shared: int,
     table: Table | None,
+    *,
+    is_part: bool = False,
 ) -> Tensor:
     """The same sum with the last `n_shared` slots computed before the others, to whose sum theirs is added.
 
@@ -46,18 +50,20 @@ def apart(
         x_TD,
         topk_weights_TK[:, :routed],
         topk_ids_TK[:, :routed],
-        config=configuration(shape.routed(n_shared), x_TD, table),
+        config=configuration(shape.routed(n_shared), x_TD, table, is_part=is_part),
         base_TD=shared_TD,
     )
 
 
-def configuration(shape: Shape, x_TD: Tensor, table: Table | None) -> Config:
+def configuration(shape: Shape, x_TD: Tensor, table: Table | None, *, is_part: bool = False) -> Config:
     """What was measured for this shape and number of tokens, else what counting says.
 
-    Measured was with 16 bits an activation: float32, which is for comparisons, needs twice the shared memory.
+    Measured was with 16 bits an activation: float32, which is for comparisons, needs twice the shared memory. With
+    `is_part` (`ExpertWeights`) it has a schedule, which leaves out pairs that weigh nothing.
     """
     measured = None if table is None or x_TD.dtype.itemsize > 2 else table.config(shape, len(x_TD))
-    return measured or counted(shape, x_TD)
+    found = measured or counted(shape, x_TD)
+    return replace(found, by_pair=False) if is_part else found
 
 
 def _dense(experts: TritonExperts, x_TD: Tensor, weights_TS: Tensor) -> Tensor:

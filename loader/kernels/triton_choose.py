@@ -9,11 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loader.kernels.triton_device import await_previous
+from loader.kernels.triton_device import await_previous, kernel
 from loader.kernels.triton_product import dot
 
 
-@triton.jit
+@kernel
 def router_logits(
     x,
     weight,
@@ -68,7 +68,7 @@ def _largest(key_E, e):
     return best, tl.min(tl.where(key_E == best, e, 0x7FFFFFFF), 0)
 
 
-@triton.jit
+@kernel
 def choose(
     logits,
     logit_bias,
@@ -85,6 +85,7 @@ def choose(
     CHOICE_BIASED: tl.constexpr,
     SHARED_GATED: tl.constexpr,
     GROUPS: tl.constexpr,
+    GROUPS_AT_MOST: tl.constexpr,
     OPEN_GROUPS: tl.constexpr,
     TOP2_SUM: tl.constexpr,
     NORMALISED: tl.constexpr,
@@ -96,8 +97,8 @@ def choose(
 ):
     """One program a token: ``weights`` float32 and ``ids`` int32, ``(T, K + S)``, the shared slots last.
 
-    EXPERTS and SLOTS are powers of two that hold E and K + S. Equal scores go to the lower number; a logit that is not
-    a number makes all weights of the token NaN, and its ids remain valid.
+    EXPERTS, SLOTS and GROUPS_AT_MOST are powers of two that hold E, K + S and GROUPS. Equal scores go to the lower
+    number; a logit that is not a number makes all weights of the token NaN, and its ids remain valid.
     """
     await_previous(PDL)
     token = tl.program_id(0)
@@ -122,8 +123,8 @@ def choose(
     choice = tl.where(here & (choice == choice), choice, float("-inf"))
     if GROUPS > 1:
         group = e // (E // GROUPS)
-        g = tl.arange(0, GROUPS)
-        worth = tl.full((GROUPS,), float("-inf"), tl.float32)
+        g = tl.arange(0, GROUPS_AT_MOST)
+        worth = tl.full((GROUPS_AT_MOST,), float("-inf"), tl.float32)
         key = _ordered(choice.to(tl.int32, bitcast=True))
         for n in tl.static_range(GROUPS):
             mine = tl.where(group == n, key, MINUS_INF)
@@ -134,7 +135,7 @@ def choose(
                 total += _ordered(second).to(tl.float32, bitcast=True)
             worth = tl.where(g == n, total, worth)
         open_E = tl.zeros((EXPERTS,), dtype=tl.int32)
-        worth_key = _ordered(worth.to(tl.int32, bitcast=True))
+        worth_key = tl.where(g < GROUPS, _ordered(worth.to(tl.int32, bitcast=True)), MINUS_INF - 1)
         for _ in tl.static_range(OPEN_GROUPS):
             _, best_group = _largest(worth_key, g)
             open_E = tl.where(group == best_group, 1, open_E)

@@ -32,6 +32,11 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+kernel = triton.jit(do_not_specialize=("P", "T", "CHUNKS"))
+"""Decorates what is launched: nothing is compiled for sizes that change from batch to batch (divisible by 16, or 1), so
+that an engine that has run a few of them compiles nothing while it serves."""
+
+
 @triton.jit
 def await_previous(PDL: tl.constexpr):
     """First thing in a kernel: the next launch may take its place on the device, and all before it are waited for.

@@ -9,12 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loader.kernels.triton_device import await_previous
+from loader.kernels.triton_device import await_previous, kernel
 from loader.kernels.triton_product import activations, add_product, first_run, no_sum
 from loader.kernels.triton_walk import HALVED, block_of, is_half, place_of
 
 
-@triton.jit
+@kernel
 def down(
     hidden,
     hidden_scale,
@@ -221,7 +221,7 @@ def _store_weighted(
     tl.store(out + pair_M[:, None].to(tl.int64) * D + d[None, :], y_MN.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def combine(
     pairs,
     ids,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loader.kernels.triton_device import await_previous
+from loader.kernels.triton_device import await_previous, kernel
 from loader.kernels.triton_prepare import gated
 from loader.kernels.triton_product import HALF_RUN, activations, add_product, first_run, no_sum
 from loader.kernels.triton_walk import HALVED, block_of, is_half, place_of
@@ -35,7 +35,7 @@ def _place(begin_n, i, BLOCK_N: tl.constexpr, F: tl.constexpr, STREAMED: tl.cons
         return begin_n + i
 
 
-@triton.jit
+@kernel
 def gate_up(
     x,
     x_scale,

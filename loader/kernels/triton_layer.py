@@ -259,7 +259,7 @@ class _Call:
         n_blocks, walked = self._walked(schedule)
         e.launch(
             gate_up,
-            self._grid(n_blocks * -(-e.width // t.block_n) * c.splits, t),
+            self._grid(n_blocks * -(-e.width // t.block_n) * c.splits, 1, t),
             self.x,
             self.x_scale,
             e.w13,
@@ -289,7 +289,7 @@ class _Call:
         n_blocks, walked = self._walked(schedule)
         e.launch(
             down,
-            self._grid(n_blocks * -(-e.hidden_size // (t.block_n * t.strips)), t),
+            self._grid(n_blocks * -(-e.hidden_size // (t.block_n * t.strips)), -(-e.width // t.block_c), t),
             *hidden,
             e.w2,
             e.scale2,
@@ -333,7 +333,10 @@ class _Call:
             **({"maxnreg": tiles.registers} if tiles.registers and self.native else {}),
         }
 
-    def _grid(self, n: int, tiles: Tiles) -> tuple[int]:
+    def _grid(self, n: int, steps: int, tiles: Tiles) -> tuple[int]:
+        """Programs for `n` tiles, which are counted in int32 as are the `steps` of those of a walk."""
+        if n * (steps if tiles.programs else 1) > MOST_WORK:
+            raise ValueError(f"{self.pairs} pairs of token and slot are more work than one call takes; split the batch")
         programs = tiles.programs * multiprocessors(self.x.device)
         return (min(n, programs) if programs else n,)
 

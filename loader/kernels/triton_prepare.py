@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loader.kernels.triton_device import INTERPRETED, await_previous
+from loader.kernels.triton_device import INTERPRETED, await_previous, kernel
 
 E4M3_MAX = tl.constexpr(448.0)
 
@@ -33,7 +33,7 @@ def _fit_for_e4m3(value):
         return value
 
 
-@triton.jit
+@kernel
 def prepare(
     source,
     out,
@@ -75,7 +75,9 @@ def prepare(
     if FORM == "fp8":
         BLOCKS: tl.constexpr = (COLUMNS + 127) // 128
         wide = value.to(tl.float32).reshape(ROWS, BLOCK // 128, 128)
-        scale = tl.maximum(tl.max(tl.abs(wide), 2), 1e-10) / E4M3_MAX
+        # As integers without their signs, among which NaN is the largest: casts to E4M3 need not know of it.
+        largest = tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2).to(tl.float32, bitcast=True)
+        scale = tl.maximum(largest, 1e-10, propagate_nan=tl.PropagateNan.ALL) / E4M3_MAX
         value = _fit_for_e4m3((wide / scale[:, :, None]).reshape(ROWS, BLOCK))
         b = begin // 128 + tl.arange(0, BLOCK // 128)
         inside = (row_R < P)[:, None] & (b < BLOCKS)[None, :]

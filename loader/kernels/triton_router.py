@@ -35,14 +35,22 @@ class TritonRouter(nn.Module):
         self.router, self.n_shared, self.gate, self.launch = router, n_shared, gate, launch
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """``topk_weights`` in float32 and ``topk_ids`` in int32, both ``(T, K + S)``."""
+        """``topk_weights`` in float32 and ``topk_ids`` in int32, both ``(T, K + S)``.
+
+        Raises `ValueError` for an x that does not belong to the weights.
+        """
         from loader.kernels.triton_choose import choose, router_logits
         from loader.kernels.triton_device import leave_cache
         from loader.kernels.triton_layer import launch
 
         run = self.launch or launch
-        c, weight_ED = self.router.config, self.router.weight
-        x_TD, (tokens, hidden), experts = x_TD.contiguous(), x_TD.shape, weight_ED.shape[0]
+        c, weight_ED = self.router.config, self.router.weight.contiguous()
+        experts, hidden = weight_ED.shape
+        if x_TD.dim() != 2 or x_TD.shape[1] != hidden:
+            raise ValueError(f"x is {list(x_TD.shape)}, the router expects [tokens, {hidden}]")
+        if x_TD.device != weight_ED.device:
+            raise ValueError(f"x is on {x_TD.device}, the router on {weight_ED.device}")
+        x_TD, tokens = x_TD.contiguous(), len(x_TD)
         slots = c.top_k + self.n_shared
         weights = torch.empty(tokens, slots, dtype=torch.float32, device=x_TD.device)
         ids = torch.empty(tokens, slots, dtype=torch.int32, device=x_TD.device)
@@ -50,8 +58,9 @@ class TritonRouter(nn.Module):
             return weights, ids
         block_t = min(power_of_two(tokens, 16), MOST_T)
         tiles = -(-experts // BLOCK_E) * -(-tokens // block_t)
-        # About two programs to a multiprocessor of the largest devices, each with some steps to overlap its loads.
-        splits = max(1, min(MOST_SPLITS, 256 // tiles, hidden // (4 * BLOCK_C)))
+        # About two programs to a multiprocessor of the largest devices, each with some steps to overlap its loads; a
+        # power of two, since each number is compiled by itself.
+        splits = power_of_two((max(1, min(MOST_SPLITS, 256 // tiles, hidden // (4 * BLOCK_C))) + 1) / 2)
         logits = torch.empty(splits, tokens, experts, dtype=torch.float32, device=x_TD.device)
         stage_bytes = (BLOCK_E + block_t) * BLOCK_C * weight_ED.element_size()
         compiled = run(
@@ -91,6 +100,7 @@ class TritonRouter(nn.Module):
             CHOICE_BIASED=choice_bias is not None,
             SHARED_GATED=self.gate is not None and self.n_shared > 0,
             GROUPS=c.n_group,
+            GROUPS_AT_MOST=power_of_two(c.n_group),
             OPEN_GROUPS=c.topk_group,
             TOP2_SUM=c.group_score == "top2_sum",
             NORMALISED=c.norm_topk_prob,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loader.kernels.triton_device import await_previous
+from loader.kernels.triton_device import await_previous, kernel
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _experts(ids, weights, at, P, E):
     return tl.where((expert >= 0) & (expert < E) & (weight != 0.0), expert, E).to(tl.int32)
 
 
-@triton.jit
+@kernel
 def schedule_small(
     ids,
     weights,
@@ -90,7 +90,7 @@ def _note(order, blocks, at, expert, place, rank, count, first_block, here, BLOC
     tl.store(blocks + 3 * block + 2, place + 1, mask=closes)
 
 
-@triton.jit
+@kernel
 def count_pairs(ids, weights, counts, P, E, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr = False):
     """One program a chunk: how many of its pairs each expert has, int32 ``(chunks, EXPERTS)``.
 
@@ -102,7 +102,7 @@ def count_pairs(ids, weights, counts, P, E, EXPERTS: tl.constexpr, CHUNK: tl.con
     tl.store(counts + chunk * EXPERTS + tl.arange(0, EXPERTS), tl.histogram(expert, EXPERTS))
 
 
-@triton.jit
+@kernel
 def sum_counts(
     counts, CHUNKS, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr = False
 ):
@@ -122,7 +122,7 @@ def sum_counts(
     tl.store(counts + CHUNKS * EXPERTS + e, total_E)
 
 
-@triton.jit
+@kernel
 def sort_pairs(
     ids,
     weights,

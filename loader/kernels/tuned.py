@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from loader.errors import TableError
-from loader.kernels.configs import Config, Shape, Tiles, misfit
+from loader.kernels.configs import LARGE, Config, Shape, Tiles, misfit
 
 VERSION = 3
 """Of the form of the file; raised where the kernels change so that old figures mean nothing."""
+MOST_STRETCHED = 4
+"""Times as many tokens as were timed that a configuration of small blocks, or of parts in memory, is used for."""
 SHIPPED = Path(__file__).with_name("tables")
 SCHEMA = Path(__file__).with_name("table.schema.json")
 
@@ -46,7 +48,10 @@ class Table:
     """Where it was read from."""
 
     def config(self, shape: Shape, tokens: int) -> Config | None:
-        """The configuration measured for the nearest number of tokens, by ratio; None where the shape was not."""
+        """The configuration measured for the nearest number of tokens, by ratio; None where there is none.
+
+        What is cut for few tokens is not stretched beyond four times as many.
+        """
         measured = self.configs.get(shape)
         if not measured or not tokens:
             return None
@@ -56,7 +61,7 @@ class Table:
         if found.by_pair and tokens > nearest:
             larger = [n for n in sorted(measured) if n > nearest]
             return measured[larger[0]].config if larger else None
-        return found
+        return None if found.block_m < LARGE and tokens > MOST_STRETCHED * nearest else found
 
     def dense_shared_from(self, shape: Shape) -> int | None:
         """Tokens from which on shared slots are faster on their own: of those measured, and at all larger ones.

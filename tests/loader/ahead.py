@@ -50,7 +50,9 @@ class Launch:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for launches that compile to the same."""
-        kinds = tuple(_kind(value) for value in self.arguments)
+        kinds = tuple(
+            _kind(value, parameter) for value, parameter in zip(self.arguments, self.kernel.params, strict=False)
+        )
         return self.kernel.__name__, kinds, tuple(sorted(self.keywords.items(), key=lambda item: item[0]))
 
     def compile(self, arch: str) -> Any:
@@ -61,11 +63,12 @@ class Launch:
         keywords = self.keywords | {"PDL": arch in ("sm90", "sm100")}
         for i, parameter in enumerate(self.kernel.params):
             value = self.arguments[i] if i < len(self.arguments) else keywords[parameter.name]
-            if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            specialised = not parameter.do_not_specialize
+            if parameter.is_constexpr or (isinstance(value, int) and value == 1 and specialised):
                 signature[parameter.name], constants[i,] = "constexpr", value
                 continue
             signature[parameter.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-            if isinstance(value, torch.Tensor) or value % 16 == 0:
+            if isinstance(value, torch.Tensor) or (value % 16 == 0 and specialised):
                 attributes[i,] = [["tt.divisibility", 16]]
         options = {
             name: self.keywords[name] for name in ("num_warps", "num_stages", "maxnreg") if name in self.keywords
@@ -74,8 +77,10 @@ class Launch:
         return triton.compile(source, target=TARGETS[arch], options=options)
 
 
-def _kind(value: Any) -> Any:
-    return value.dtype if isinstance(value, torch.Tensor) else (value == 1, value % 16 == 0)
+def _kind(value: Any, parameter: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    return None if parameter.do_not_specialize else (value == 1, value % 16 == 0)
 
 
 class Recorder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -258,6 +259,21 @@ def test_what_weighs_nothing_stays_out(layer: Any, config: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("config", WAYS)
+@pytest.mark.parametrize("format_name", ["fp16", "fp8_block", "int4_g32", "mxfp4"])
+def test_a_token_that_is_not_a_number_is_loud(layer: Any, format_name: str, config: dict[str, Any]) -> None:
+    """Also where it is rounded to E4M3, which has no infinity, and casts to which may drop a NaN."""
+    experts = stack(format_name, slots=5, hidden=256, width=128)
+    call = {"seed": 8, "tokens": 5, "slots": 5, "top_k": 2, "hidden": 256, "routing": "random", "dropped": False}
+    x, weights, ids = routed(call)
+    x = x.to(torch.float16)
+    clean = layer.TritonExperts(experts)(x, weights, ids, config=small_tiles(format_name, **config))
+    x[1, 200], x[3, 7] = torch.nan, -torch.inf
+    actual = layer.TritonExperts(experts)(x, weights, ids, config=small_tiles(format_name, **config))
+    assert not actual[[1, 3]].isfinite().any()
+    assert torch.equal(actual[[0, 2, 4]], clean[[0, 2, 4]])
+
+
+@pytest.mark.parametrize("config", WAYS)
 @pytest.mark.parametrize("bad", [-1, 5, 2**31 - 1, -(2**31)])
 def test_an_expert_that_does_not_exist_is_loud(layer: Any, config: dict[str, Any], bad: int) -> None:
     """Nothing outside of the stack is read, the token is NaN, and no other is."""
@@ -320,6 +336,20 @@ def test_inputs_that_do_not_belong_together(layer: Any, change: dict[str, Tensor
     given_ |= change
     with pytest.raises(ValueError, match=says):
         layer.TritonExperts(stack("bf16", slots=4, hidden=32, width=16))(given_["x"], given_["weights"], given_["ids"])
+
+
+@pytest.mark.parametrize(("walked", "refused"), [(0, False), (1, True)])
+def test_steps_of_a_walk_are_work_too(layer: Any, walked: int, refused: bool) -> None:
+    """Tiles are few enough to be counted in int32 and, of a program that walks, their steps are not."""
+    with torch.device("meta"):
+        x, weights = torch.empty(2**23, 512, dtype=torch.bfloat16), torch.empty(2**23, 2)
+        ids = torch.empty(2**23, 2, dtype=torch.int32)
+    experts = stack("int4_g32", slots=4, hidden=512, width=1024).to("meta")
+    kernels = layer.TritonExperts(experts, launch=lambda *_, **__: None, assembly=0)
+    config = small_tiles("int4_g32", walked=walked, by_pair=True)
+    config = replace(config, gate_up=replace(config.gate_up, block_n=64))
+    with pytest.raises(ValueError, match="16777216 pairs of token and slot") if refused else nullcontext():
+        kernels(x, weights, ids, config=config)
 
 
 def test_more_work_than_int32_counts_is_refused(layer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -78,6 +79,36 @@ def test_the_configuration_by_counting_compiles_and_fits(ahead: Any, arch: str, 
         launches += ahead.launches_of(shape, MOST, config, arch, dtype)
     schedules = {"schedule_small", "count_pairs", "sum_counts", "sort_pairs"}
     assert require_fitting(launches, arch) >= {*schedules, "prepare", "gate_up", "down", "combine"}
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_float32_fits_where_numbers_are_unpacked(ahead: Any, arch: str) -> None:
+    """They go through shared memory then, beside tiles of activations twice as large."""
+    launches = []
+    for format_name, (name, tp_size) in (("int4_g32", MODELS[0]), ("mxfp4", MODELS[3])):
+        shape = Model.of(name, format_name, tp_size).shape
+        for tokens in (1, 16, 256, 2048, MOST):
+            config = counted(shape, tokens, arch, x_bytes=4)
+            launches += ahead.launches_of(shape, tokens, config, arch, torch.float32)
+    products = (launch for launch in launches if launch.kernel.__name__ in ("gate_up", "down"))
+    assert require_fitting(products, arch) == {"gate_up", "down"}
+
+
+@pytest.mark.parametrize(("format_name", "measured"), [("int4_g32", True), ("fp8_block", True), ("bf16", False)])
+def test_an_engine_that_has_warmed_up_compiles_nothing_more(ahead: Any, format_name: str, measured: bool) -> None:
+    """docs/kernels.md says after which numbers of tokens."""
+    (table,) = map(read_table, SHIPPED.glob("*h200.json"))
+    shape = Model.of("kimi-k2.5", format_name, 8).shape
+    router = RouterConfig(scoring_func="sigmoid", top_k=8)
+
+    def kernels(tokens: int) -> set[Any]:
+        config = table.config(shape, tokens) if measured else None
+        launches = ahead.launches_of(shape, tokens, config or counted(shape, tokens, "sm90"), "sm90")
+        return {each.key for each in (*launches, *ahead.router_launches(router, 384, tokens, torch.bfloat16))}
+
+    warm = set().union(*(kernels(count) for n in range(14) for count in (2**n, 3 * 2**n) if count <= 8192))
+    for tokens in (*range(1, 34), *random.Random(0).sample(range(34, 8193), 40)):
+        assert kernels(tokens) <= warm, tokens
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

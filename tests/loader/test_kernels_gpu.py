@@ -49,6 +49,36 @@ def test_real_widths_by_every_way_to_walk_a_layer(device: str, format_name: str,
         assert error <= ACCURACY.get(format_name, USUAL_ACCURACY), config
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 2048])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_float32_by_counted_settings(device: str, format_name: str, tokens: int) -> None:
+    from loader.bench import ours
+    from loader.kernels.triton_layer import counted
+
+    model = replace(Model.of("kimi-k2.5", format_name, 8), n_routed=15)
+    problem = problems(model, [random_experts(model, device, 0)], tokens, 1)[0]
+    problem = replace(problem, x_TD=problem.x_TD.float())
+    expected = eager(problem.x_TD, problem.topk_weights_TK, problem.topk_ids_TK, problem.experts)
+    actual = ours.call(problem, counted(model.shape, problem.x_TD))()
+    assert float((actual.double() - expected.double()).norm() / expected.double().norm()) <= 2e-3  # TF32's products
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_token_that_is_not_a_number_is_loud(device: str, format_name: str, tokens: int) -> None:
+    from loader.bench import ours
+
+    model = replace(Model.of("kimi-k2.5", format_name, 8), n_routed=15)
+    problem = problems(model, [random_experts(model, device, 0)], tokens, 1)[0]
+    config = default(model.shape, tokens, 132)
+    clean = ours.call(problem, config)()
+    for bad in (torch.nan, torch.inf):
+        problem.x_TD[0, 1000] = bad
+        actual = ours.call(problem, config)()
+        assert not actual[0].isfinite().any()
+        assert torch.equal(actual[1:], clean[1:])
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 40, 300])
 @pytest.mark.parametrize("name", ["kimi-k2.5", "deepseek-v3", "qwen3-30b-a3b"])
 def test_a_router_of_real_size_chooses_as_the_reference_does(device: str, name: str, tokens: int) -> None:

@@ -38,7 +38,7 @@ def router(config: RouterConfig, experts: int, hidden: int, seed: int, *, biased
 @st.composite
 def routers(draw: st.DrawFn) -> dict[str, Any]:
     """All kinds of routing that families have; in groups, each group's size may be any number."""
-    groups = draw(st.sampled_from([1, 1, 2, 4, 8]))
+    groups = draw(st.sampled_from([1, 1, 2, 3, 4, 6, 8]))
     size = draw(st.integers(2, 20))
     open_groups = draw(st.integers(1, groups))
     return {
@@ -89,6 +89,29 @@ def test_tokens_are_routed_as_the_reference_does(kernels: Any, case: dict[str, A
     # A score that two sums make equal to another's may fall to either side, in one token out of thousands.
     off = (actual - expected).abs().amax(1) > 1e-4 * expected.abs().amax(1)
     assert int(off.sum()) <= len(off) // 50
+
+
+def test_an_x_of_another_router_is_refused(kernels: Any) -> None:
+    plain = router(RouterConfig(scoring_func="sigmoid", top_k=2), 8, 64, 0, biased=False, dtype=torch.float32)
+    route = kernels.TritonRouter(plain)
+    for x, says in (
+        (torch.zeros(2, 128), r"x is \[2, 128\], the router expects \[tokens, 64\]"),
+        (torch.zeros(2, 32), r"x is \[2, 32\]"),
+        (torch.zeros(64), r"x is \[64\]"),
+        (torch.zeros(2, 64, device="meta"), "x is on meta, the router on cpu"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            route(x)
+
+
+def test_a_weight_is_read_as_it_lies(kernels: Any) -> None:
+    config = RouterConfig(scoring_func="sigmoid", top_k=2)
+    plain = router(config, 8, 64, 0, biased=False, dtype=torch.float32)
+    turned = Router(config, nn.Parameter(plain.weight.T.contiguous().T, requires_grad=False), None)
+    assert not turned.weight.is_contiguous()
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    for expected, actual in zip(kernels.TritonRouter(plain)(x), kernels.TritonRouter(turned)(x), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_equal_scores_go_to_the_lower_number_and_no_expert_twice(kernels: Any) -> None:

@@ -89,6 +89,28 @@ def test_a_base_of_another_shape_is_refused_and_a_view_is_read_as_it_is(backend:
 
 
 @pytest.mark.parametrize("dense_from", [1, 0])
+def test_pairs_of_other_ranks_are_left_out(backend: Any, monkeypatch: pytest.MonkeyPatch, dense_from: int) -> None:
+    """At one token an expert of another rank, which weighs nothing here, would be read for nothing."""
+    experts, x, weights, ids = call("int4_g32", 1)
+    experts.dense_shared_from = dense_from
+    given = x[:1], weights[:1], ids[:1]
+    used: list[bool] = []
+    real = backend.TritonExperts.__call__
+
+    def noted(self: Any, *inputs: Any, config: Any, **other: Any) -> Tensor:
+        used.append(config.by_pair)
+        return real(self, *inputs, config=config, **other)
+
+    monkeypatch.setattr(backend.TritonExperts, "__call__", noted)
+    whole = backend.run(*given, experts)
+    assert used[-1] is True
+    experts.is_part = True
+    part = backend.run(*given, experts)
+    assert used[-1] is False
+    assert relative(part, whole) <= TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize("dense_from", [1, 0])
 def test_inputs_that_do_not_belong_together_are_refused_on_either_way(backend: Any, dense_from: int) -> None:
     experts, x, weights, ids = call("fp32", 1)
     experts.dense_shared_from = dense_from

@@ -43,9 +43,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert find_table("NVIDIA H100 80GB HBM3", path.parent) is None
 
 
-@pytest.mark.parametrize(
-    ("tokens", "measured"), [(1, 1), (3, 1), (5, 16), (16, 16), (63, 16), (65, 256), (100_000, 256)]
-)
+@pytest.mark.parametrize(("tokens", "measured"), [(1, 1), (3, 1), (5, 16), (16, 16), (63, 16), (65, 256), (1024, 256)])
 def test_the_nearest_number_of_tokens_by_ratio_counts(tokens: int, measured: int) -> None:
     config = table(1, 16, 256).config(SHAPE, tokens)
     assert config is not None
@@ -66,6 +64,16 @@ def test_pair_by_pair_is_not_stretched_to_more_tokens_than_were_timed() -> None:
         assert found is not None and found.by_pair is by_pair
     del made.configs[SHAPE][16]
     assert made.config(SHAPE, 5) is None
+
+
+def test_what_is_cut_for_few_tokens_is_not_stretched_to_many() -> None:
+    """Small blocks read an expert's weights again and again, and parts of a product take memory by the token."""
+    made = table(1, 16, 256)
+    assert made.config(SHAPE, 1024) is not None and made.config(SHAPE, 1025) is None
+    made.configs[SHAPE][256] = replace(
+        made.configs[SHAPE][256], config=replace(made.configs[SHAPE][256].config, block_m=64)
+    )
+    assert made.config(SHAPE, 100_000) == made.configs[SHAPE][256].config
 
 
 def test_a_program_of_down_alone_keeps_activations_and_has_nothing_else() -> None:
