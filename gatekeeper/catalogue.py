@@ -118,7 +118,7 @@ class Catalogue(Mapping[str, FactSpec]):
             return
         # Of a flag, null means not set; of what a checkpoint says, it means that there is no such thing.
         by_flag = "flags" in spec.given_by or spec.group == "engine"
-        null_flag = by_flag and reading is not None and reading.value is ABSENT
+        null_flag = by_flag and reading is not None and reading.value is ABSENT and not spec.null_means_absent
         if null_flag or (reading is None and spec.group in flags):
             reading = self._unset(spec, readings)
         if reading is None:

@@ -406,6 +406,13 @@ def _explained(error: ValidationError) -> Iterator[tuple[Path_, str, str]]:
         for key in value:
             if key not in given:
                 yield path, "missing-key", f"missing key `{key}`; add it"
+    elif kind == "dependentRequired":
+        for key in value.keys() & given.keys():
+            meant = schema["properties"][key].get("description", "")
+            for other in value[key]:
+                if other not in given:
+                    message = f"`{key}` goes with `{other}`, which is not here; leave it out (it says: {meant})"
+                    yield (*path, key), "wrong-shape", message
     elif "propertyNames" in error.absolute_schema_path:
         hint = f"; expected {expected or value}"
         yield (*path, given), "wrong-value", f"`{_cut(given)}` can't stand here{hint}"

@@ -52,9 +52,10 @@ def expert_config(family: Family, values: Mapping[str, Any]) -> ExpertConfig:
     """What the experts of a model compute; raises `CheckpointError` for what this loader can't compute."""
     s = _Settings(family.experts, values)
     problems: list[str] = []
-    hidden_act, limit, alpha = s.get("hidden_act", "silu"), s.get("swiglu_limit", None), s.get("swiglu_alpha", None)
+    hidden_act, limit, alpha = (s.get(name, None) for name in ("hidden_act", "swiglu_limit", "swiglu_alpha"))
     if hidden_act not in ACTIVATIONS:
-        problems.append(f"`hidden_act` is `{hidden_act}`; this loader has {', '.join(ACTIVATIONS)}")
+        said = "said neither by the config nor by the family" if hidden_act is None else f"`{hidden_act}`"
+        problems.append(f"`hidden_act` is {said}; this loader has {', '.join(ACTIVATIONS)}")
     if alpha is not None and hidden_act != "silu":
         problems.append(f"`swiglu_alpha` goes with silu, not with `{hidden_act}`")
     if s.get("swiglu_limits", None) is not None:

@@ -110,6 +110,10 @@ class Walker:
         # Operators stand alone or in twos: a test of all of them says nothing.
         share = 3 if len(properties) < 12 and depth < 4 else 10
         chosen = [name for name in properties if name in required or self.once_in(share)]
+        asked = schema.get("dependentRequired", {})
+        chosen += [
+            other for name in chosen for other in asked.get(name, ()) if other not in chosen and other in properties
+        ]
         result = {name: self.value(properties[name], kind, name, depth + 1) for name in chosen}
         extra = [*schema.get("patternProperties", {}).items()]
         if isinstance(schema.get("additionalProperties"), Mapping):

@@ -52,6 +52,7 @@ def facts_of(runner: str = "target", **model: Any) -> SimpleNamespace:
         "routed_scaling_factor": 2.5,
         "n_group": 1,
         "topk_group": 1,
+        "hidden_act": "silu",
         **model,
     }
     named = {k.replace("__", ".") if "__" in k else f"model.{k}": v for k, v in values.items()}

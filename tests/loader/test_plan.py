@@ -223,6 +223,7 @@ def test_what_the_loader_cannot_compute_is_refused_before_planning() -> None:
     for model, word in (
         ({"scoring_func": "sqrtsoftplus"}, "sqrtsoftplus"),
         ({"hidden_act": "relu2"}, "relu2"),
+        ({"hidden_act": None}, "`hidden_act` is said neither by the config nor by the family"),
         ({"swiglu_limits": (7.0, 0.0)}, "swiglu_limits"),
         ({"hidden_act": "gelu_pytorch_tanh", "swiglu_alpha": 1.7}, "swiglu_alpha"),
         ({"moe_latent_size": 32}, "moe_latent_size"),
