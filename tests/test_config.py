@@ -103,6 +103,14 @@ def test_null_and_remarks_are_absent(tmp_path: Path) -> None:
     assert facts["model.hidden_size"] is ABSENT
 
 
+def test_null_is_not_what_a_class_has_where_nothing_is_said(tmp_path: Path) -> None:
+    silent = {key: value for key, value in V3.items() if key != "n_group"}
+    for config, expected in ((silent, 8), ({**silent, "n_group": None}, ABSENT), ({**silent, "n_group": 4}, 4)):
+        found = read(write_config(tmp_path, config)).readings["model.n_group"]
+        assert found.value == expected if expected is not ABSENT else found.value is ABSENT, config
+    assert read(write_config(tmp_path, silent)).readings["model.n_group"].witness.endswith("families/deepseek_v3.yaml")
+
+
 def test_a_key_that_the_catalogue_names_second(tmp_path: Path) -> None:
     config = {"num_experts": 8, "num_local_experts": 9, "torch_dtype": "torch.float16"}
     reading = read(write_config(tmp_path, config)).readings

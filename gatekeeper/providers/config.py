@@ -141,20 +141,24 @@ def read_config(config: ConfigFile, catalogue: Catalogue, families: Sequence[Fam
 
 def _fact(config: ConfigFile, spec: FactSpec, family: Family | None) -> Reading:
     paths = family.from_.get(spec.name, spec.from_) if family else spec.from_
+    null = None
     for path in paths:
-        raw = look_up(config.language_model, path)
-        if raw is not None:
+        raw = look_up(config.language_model, path, ABSENT)
+        if raw is not None and raw is not ABSENT:
             return typed(spec, raw, config.witness(path))
+        null = path if raw is None else null
+    if null is not None:  # said to be nothing, which is not what the family's class has where nothing is said
+        return Reading(ABSENT, config.witness(null))
     if family is not None and spec.name in family.facts:
         return typed(spec, family.facts[spec.name], family.witness)
     return Reading(ABSENT, config.name)
 
 
-def look_up(mapping: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path; None where there is none."""
+def look_up(mapping: Mapping[str, Any], path: str, otherwise: Any = None) -> Any:
+    """The value at a dotted path; `otherwise` where there is none."""
     found: Any = mapping
     for key in path.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
+        found = found.get(key, otherwise) if isinstance(found, Mapping) else otherwise
     return found
 
 
