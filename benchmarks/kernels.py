@@ -1,11 +1,12 @@
 """The runs behind the tables of kernels in benchmarks/README.md, on all GPUs of this machine side by side.
 
     python benchmarks/peers/fetch.py
-    python benchmarks/kernels.py [OUT] [--only SHAPE:TP,…] [--tables DIR] [--peers-dir .peers]
+    python benchmarks/kernels.py [OUT] [--only SHAPE:TP[:FORMAT],…] [--tables DIR] [--peers-dir .peers]
     python scripts/kernel_figures.py --plots
 
 Each run is a `moe-loader bench` of its own on one GPU; OUT (`benchmarks/results`) gets its figures as JSON, and what it
-printed beside them. Contenders are compared within a run, so GPUs that differ do no harm. Exit 1 where a run failed.
+printed beside them; figures of before are replaced by those of a run that came to its end, and by no others. Contenders
+are compared within a run, so GPUs that differ do no harm. Exit 1 where a run failed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Run:
 
     def name(self, device: str) -> str:
         """Of its files: ``h200-kimi-k2.5-tp8-bf16-fp8_block`` for an ``NVIDIA H200``."""
-        return "-".join([device.lower().split()[-1], self.shape, f"tp{self.tp}", *self.formats])
+        kind = "-".join(device.lower().removeprefix("nvidia ").split())
+        return "-".join([kind, self.shape, f"tp{self.tp}", *self.formats])
 
     def command(self, peers_dir: Path, tables: Path | None, json_file: Path) -> list[str]:
         """As a person would type it behind `moe-loader`."""
@@ -61,16 +63,20 @@ def run_all(runs: Sequence[Run], gpus: Sequence[str], device: str, options: argp
 
     def one(run: Run) -> bool:
         gpu, name, started = free.get(), run.name(device), time.monotonic()
-        log = options.out / f"{name}.log"
-        asked = run.command(options.peers_dir, options.tables, options.out / f"{name}.json")
+        log, partial = options.out / f"{name}.log", options.out / f"{name}.partial.json"
+        asked = run.command(options.peers_dir, options.tables, partial)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-        with log.open("w", encoding="utf-8") as stream:
-            done = subprocess.run(
-                [sys.executable, "-m", "loader", *asked], env=environment, stdout=stream, stderr=stream, check=False
-            )
+        try:
+            with log.open("w", encoding="utf-8") as stream:
+                done = subprocess.run(
+                    [sys.executable, "-m", "loader", *asked], env=environment, stdout=stream, stderr=stream, check=False
+                )
+            if done.returncode == 0:
+                partial.replace(options.out / f"{name}.json")
+        finally:
+            free.put(gpu)
         how = f"failed with {done.returncode}, see {log}" if done.returncode else "done"
         print(f"GPU {gpu}: {name}: {how}, {time.monotonic() - started:.0f} s", flush=True)
-        free.put(gpu)
         return done.returncode == 0
 
     with ThreadPoolExecutor(len(gpus)) as pool:
@@ -86,19 +92,22 @@ def visible_gpus() -> list[str]:
 
 
 def chosen(only: str) -> list[Run]:
-    """The runs of ``kimi-k2.5:8,…``, all of them for nothing; raises `SystemExit` for what is not there."""
-    known = {f"{run.shape}:{run.tp}" for run in RUNS}
-    wanted = only.split(",") if only else known
-    if unknown := [each for each in wanted if each not in known]:
+    """The runs of ``kimi-k2.5:8,deepseek-v3:1:bf16,…``, all for nothing; raises `SystemExit` for what is not there."""
+    names = {run: {f"{run.shape}:{run.tp}", *(f"{run.shape}:{run.tp}:{each}" for each in run.formats)} for run in RUNS}
+    known = set().union(*names.values())
+    wanted = set(only.split(",")) if only else known
+    if unknown := sorted(wanted - known):
         raise SystemExit(f"--only: there is no `{unknown[0]}`; there are {', '.join(sorted(known))}")
-    return [run for run in RUNS if f"{run.shape}:{run.tp}" in wanted]
+    return [run for run in RUNS if names[run] & wanted]
 
 
 def main() -> None:
     """Run what was asked for, and say what failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", metavar="OUT", default=Path("benchmarks/results"), help="folder")
-    parser.add_argument("--only", default="", metavar="SHAPE:TP,…", help="such as kimi-k2.5:8")
+    parser.add_argument(
+        "--only", default="", metavar="SHAPE:TP[:FORMAT],…", help="such as kimi-k2.5:8,deepseek-v3:1:bf16"
+    )
     parser.add_argument("--tables", type=Path, metavar="DIR", help="folder of settings; default: the shipped ones")
     parser.add_argument(
         "--peers-dir", type=Path, metavar="DIR", default=Path(".peers"), help="what benchmarks/peers/fetch.py made"

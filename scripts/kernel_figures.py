@@ -37,19 +37,31 @@ SGLANG = "sglang-triton-tuned"
 
 def reports() -> dict[str, Report]:
     """All runs that are kept, by file name."""
-    return {
-        path.name: Report.from_json(json.loads(path.read_text(encoding="utf-8")))
-        for path in sorted(RESULTS.glob("h200-*.json"))
-    }
+    paths = [path for path in sorted(RESULTS.glob("h200-*.json")) if ".partial." not in path.name]
+    return {path.name: Report.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in paths}
+
+
+def points() -> list[Point]:
+    """Of all runs that are kept; raises `SystemExit` where two of them have the same one."""
+    of: dict[tuple[str, int, str, int], str] = {}
+    for name, report in reports().items():
+        for point in report.points:
+            key = (point.shape, point.tp, point.format, point.tokens)
+            if key in of:
+                raise SystemExit(
+                    f"{of[key]} and {name} both have {', '.join(map(str, key))} tokens; delete one of them"
+                )
+            of[key] = name
+    return [point for report in reports().values() for point in report.points]
 
 
 def fresh(page: str) -> str:
     """The page with the figures of the runs that are kept."""
-    points = [point for report in reports().values() for point in report.points]
+    found_points = points()
 
     def part(found: re.Match[str]) -> str:
         shape, tp = found["shape"], int(found["tp"])
-        some = [point for point in points if (point.shape, point.tp) == (shape, tp)]
+        some = [point for point in found_points if (point.shape, point.tp) == (shape, tp)]
         lines = table(("", *map(str, TOKENS)), _rows(some, TARGETS.get((shape, tp), {})))
         return found[1] + "\n".join(lines) + found[4]
 
@@ -98,8 +110,8 @@ def plots() -> None:
             some = [point for point in report.points if (point.shape, point.tp) == (shape, tp)]
             drawn.setdefault((shape, tp), []).append(replace(report, points=some))
     for (shape, tp), some_reports in drawn.items():
-        points = [point for report in some_reports for point in report.points]
-        draw(replace(some_reports[0], points=points), RESULTS / f"h200-{shape}-tp{tp}.png")
+        all_points = [point for report in some_reports for point in report.points]
+        draw(replace(some_reports[0], points=all_points), RESULTS / f"h200-{shape}-tp{tp}.png")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,13 @@ def test_what_a_device_without_a_table_takes_is_told_where_it_was_timed(monkeypa
     assert re.search(r"^\| counted / ours \|\s+\|\s+\| 1\.10 (\|\s+){5}\|$", page, re.MULTILINE), page
 
 
+def test_a_point_of_two_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = {"h200-new.json": report(point(tokens=1), point(tokens=4)), "h200-old.json": report(point(tokens=4))}
+    monkeypatch.setattr(kernel_figures, "reports", lambda: two)
+    with pytest.raises(SystemExit, match=r"h200-new.json and h200-old.json both have kimi-k2.5, 8, int4_g32, 4 tokens"):
+        fresh("<!-- generated: kimi-k2.5 8 -->\n<!-- end -->\n")
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_a_run_is_read_as_it_was_written(path: object) -> None:
     raw = json.loads(path.read_text(encoding="utf-8"))  # type: ignore[attr-defined]

@@ -36,6 +36,8 @@ class Processes:
             self.busy.add(gpu)
             self.ran.append((gpu, command))
         stdout.write("what it printed")
+        json_file = Path(command[command.index("--json") + 1])
+        json_file.write_text("figures, or a part of them")
         time.sleep(0.01)
         with self.lock:
             self.busy.remove(gpu)
@@ -55,9 +57,9 @@ def test_each_run_has_a_gpu_and_files_of_its_own(
     processes, failed = run(monkeypatch, tmp_path, failing="nothing")
     assert failed == []
     assert {gpu for gpu, _ in processes.ran} == {"0", "3"}
-    written = {command[command.index("--json") + 1] for _, command in processes.ran}
+    written = {path.name for path in tmp_path.glob("*.json")}
     assert len(written) == len(kernels.RUNS) == 8
-    assert str(tmp_path / "h200-kimi-k2.5-tp8-int4_g32-mxfp4.json") in written
+    assert "h200-kimi-k2.5-tp8-int4_g32-mxfp4.json" in written
     assert len(list(tmp_path.glob("*.log"))) == 8
     assert len(capsys.readouterr().out.splitlines()) == 8
 
@@ -65,10 +67,25 @@ def test_each_run_has_a_gpu_and_files_of_its_own(
 def test_what_fails_is_named_and_stops_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Nor does a part of a run take the place of a whole one of before."""
+    before = tmp_path / "h200-deepseek-v3-tp8-int4_g32-mxfp4.json"
+    before.write_text("figures of before")
     processes, failed = run(monkeypatch, tmp_path, failing="deepseek-v3 --tp 8 --format int4_g32")
     assert failed == ["h200-deepseek-v3-tp8-int4_g32-mxfp4"]
     assert len(processes.ran) == 8
+    assert before.read_text() == "figures of before"
+    assert before.with_suffix(".partial.json").exists()
     assert f"failed with 1, see {tmp_path / failed[0]}.log" in capsys.readouterr().out
+
+
+def test_a_gpu_is_free_again_after_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = argparse.Namespace(out=tmp_path / "missing", tables=None, peers_dir=Path(".peers"))
+    with pytest.raises(FileNotFoundError):
+        kernels.run_all(kernels.RUNS, ["0"], "NVIDIA H200", options)
+
+
+def test_devices_of_several_words() -> None:
+    assert kernels.RUNS[0].name("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3-kimi-k2.5-tp1-bf16-fp8_block"
 
 
 @WITHOUT_GPU
@@ -87,6 +104,8 @@ def test_all_are_chosen_or_some() -> None:
         ("kimi-k2.5", 8),
         ("deepseek-v3", 1),
     }
+    (one,) = kernels.chosen("kimi-k2.5:8:mxfp4")
+    assert (one.shape, one.tp, one.formats) == ("kimi-k2.5", 8, ("int4_g32", "mxfp4"))
     with pytest.raises(SystemExit, match="there is no `kimi:8`; there are deepseek-v3:1, "):
         kernels.chosen("kimi-k2.5:8,kimi:8")
 

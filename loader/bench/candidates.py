@@ -32,12 +32,15 @@ REGISTERS = (80, 96, 128, 168)
 
 
 def candidates(shape: Shape, tokens: int, multiprocessors: int, least: int = 8) -> list[Config]:
-    """The counted one first, then all others; the steps of a search then change gate_up or down (`tiles`).
+    """The counted one, then those without and with a schedule in turns; a search then changes both products' `tiles`.
 
     `least`: pairs of the smallest block (`triton_layer.least_pairs`).
     """
     counted = default(shape, tokens, multiprocessors, least=least)
-    return [c for c in dict.fromkeys([counted, *_skeletons(shape, tokens, multiprocessors)]) if c.block_m >= least]
+    found = [c for c in dict.fromkeys(_skeletons(shape, tokens, multiprocessors)) if c.block_m >= least]
+    kinds = ([c for c in found if c.by_pair is kind] for kind in (True, False))
+    in_turns = (c for each in itertools.zip_longest(*kinds) for c in each if c is not None)
+    return list(dict.fromkeys([counted, *in_turns]))
 
 
 def _skeletons(shape: Shape, tokens: int, multiprocessors: int) -> Iterator[Config]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +98,11 @@ def bench_command(
     from loader.bench.timing import ceilings
 
     limits = ceilings()
-    report = Report.started(limits, " ".join(["moe-loader", *sys.argv[1:]]))
+    # What decides the figures, and no paths: those are of this machine alone.
+    asked = {"--shape": shape, "--tp": str(tp_size), "--format": formats, "--tokens": tokens, "--peers": peers}
+    asked |= {"--tables": "DIR"} if tables is not None else {}
+    command = [word for option, value in asked.items() if value for word in (option, value)]
+    report = Report.started(limits, " ".join(["moe-loader", "bench", *command]))
     click.echo(report.heading())
     for point in points(models, counts, limits=limits, table=table, peers=chosen):
         report.points.append(point)
@@ -120,7 +123,7 @@ def bench_command(
     type=click.IntRange(min=1),
     default=24,
     show_default=True,
-    help="Settings tried in each round of a search; a third of them where there is something to start from.",
+    help="Settings tried in each round of a search; a third of them with --again.",
 )
 @click.option(
     "--seconds",

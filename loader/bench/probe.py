@@ -5,13 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from loader.kernels.triton_device import await_previous
+
 
 @triton.jit
-def read_slots(a, b, c, d, slots, out, A, B, C, D, end_a, end_b, end_c, BLOCK: tl.constexpr):
+def read_slots(a, b, c, d, slots, out, A, B, C, D, end_a, end_b, end_c, BLOCK: tl.constexpr, PDL: tl.constexpr = False):
     """Read A words of int32 of each slot of `a`, and so forth; the largest of each tile keeps loads from being dropped.
 
     Tiles are those of `a` up to `end_a`, then of `b` up to `end_b`, of `c` up to `end_c`, and of `d`.
     """
+    await_previous(PDL)
     tile, slot = tl.program_id(0), tl.load(slots + tl.program_id(1)).to(tl.int64)
     if tile < end_a:
         words = _words(a, slot, A, tile, BLOCK)

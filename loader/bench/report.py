@@ -35,9 +35,13 @@ class Point:
     """Fused layout with the router before it."""
     error: float
     """Of ours from the reference."""
+    touched_bytes: int | None = None
+    """Of weights and scales that a call reads at least; None in runs from before it was noted."""
+    spread: float | None = None
+    """Within which half of a contender's replays were, as a share of their median: the largest of all contenders'."""
     config: dict[str, Any]
     measured: bool
-    """Whether the configuration is of a table; else it was counted."""
+    """Whether the configuration was measured for this very number of tokens."""
     peers: dict[str, float] = field(default_factory=dict)
     """Microseconds by name."""
     absent: dict[str, str] = field(default_factory=dict)
@@ -52,7 +56,10 @@ class Point:
         """Flat, with each peer's time under its own name."""
         what = ("shape", "tp", "format", "tokens")
         figures = ("ours_us", "floor_us", "ours_over_floor", "ours_apart_us", "ours_counted_us", "layer_us", "error")
-        answer = {name: _rounded(getattr(self, name)) for name in (*what, *figures, "memory_us", "arithmetic_us")}
+        answer = {
+            name: _rounded(getattr(self, name))
+            for name in (*what, *figures, "memory_us", "arithmetic_us", "touched_bytes", "spread")
+        }
         answer |= {f"{name}_us": _rounded(value) for name, value in self.peers.items()}
         return answer | {"absent": self.absent, "config": self.config, "measured": self.measured}
 
@@ -132,7 +139,7 @@ class Report:
         )
         for name, us in point.peers.items():
             text += f"  {name} {us:.1f} ({us / point.ours_us:.2f}x)"
-        return text + ("" if point.measured else "  [settings counted, not measured]")
+        return text + ("" if point.measured else "  [settings not measured for this number of tokens]")
 
     def notes(self) -> list[str]:
         """Peers that did not run, each once with its reason: a comparison with them was not made."""

@@ -9,25 +9,21 @@ import torch
 from torch import Tensor
 
 from loader.bench import ours
+from loader.bench.checks import Reference, accuracy
 from loader.bench.peers import Peer, Unavailable
 from loader.bench.problem import Model, Problem, problems, random_experts
 from loader.bench.report import Point, first_line
 from loader.bench.timing import Captured, Ceilings, capture, in_turns, probe, settle
 from loader.errors import BenchError
-from loader.kernels.eager import eager
+from loader.kernels.configs import Config
 from loader.kernels.triton_backend import configuration
 from loader.kernels.tuned import Table
 from loader.moe import Experts
 
-ACCURACY = {"fp8_block": 0.08}
-"""How far ours may be from the reference, as ``|y - ref| / |ref|``: activations are E4M3 there."""
-USUAL_ACCURACY = 0.02
-CHECKED_TOKENS = 64
-"""Rows that are compared with the reference, which takes an expert at a time."""
 TOUCHED_BYTES = 512 << 20
 """What the calls of one graph read together at least: ten times the cache of the largest device."""
-PROBE_BLOCKS = (2048, 8192)
-"""Words that a program of the probe reads; the faster one counts."""
+PROBE_BLOCKS = (1024, 2048, 8192)
+"""Words that a program of the probe reads; the fastest one counts."""
 MOST_LAYER_BYTES = 24 << 30
 
 
@@ -69,35 +65,38 @@ def measure(
     """One point; raises `BenchError` where ours is further from the reference than its format allows."""
     some = problems_of(model, layers, tokens, seed)
     shape, x_TD = model.shape, some[0].x_TD
-    config = configuration(shape, x_TD, table)
+    config, counted = configuration(shape, x_TD, table), configuration(shape, x_TD, None)
+    references = [Reference(problem) for problem in some]
+    checks = _Checks(references, accuracy(model.format))
     fused = [ours.call(problem, config) for problem in some]
-    reference = _reference(some[0])
-    allowed = ACCURACY.get(model.format, USUAL_ACCURACY)
-    error = _require_close(fused[0](), reference, allowed, "ours")
-    layer = [ours.layer_call(problem, config) for problem in some]
-    rerouted = ours.rerouted(some[0])
-    of_router = reference if rerouted is some[0] else _reference(rerouted)
-    _require_close(layer[0](), of_router, allowed, "ours, with its router")
-    rate = limits.fp8_flops if model.format == "fp8_block" else limits.bf16_flops
-    k = model.top_k + model.n_shared
-    arithmetic = 2 * tokens * k * 3 * model.hidden_size * model.width / rate * 1e6
+    error = checks.before(fused, "ours")
     slots = [(list(p.experts.parameters()), p.topk_ids_TK.unique()) for p in some]
     probes = [f"probe of {block} words" for block in PROBE_BLOCKS]
     contenders = {
         name: capture([probe(*each, block) for each in slots]) for name, block in zip(probes, PROBE_BLOCKS, strict=True)
     }
-    contenders |= {"ours": capture(fused), "layer": capture(layer)}
-    if (counted := configuration(shape, x_TD, None)) != config:
+    contenders["ours"] = capture(fused)
+    contenders["layer"] = _layer(some, references, config)
+    if counted != config:
         without_table = [ours.call(problem, counted) for problem in some]
-        _require_close(without_table[0](), reference, allowed, "ours, settings counted")
+        checks.before(without_table, "ours, settings counted")
         contenders["counted"] = capture(without_table)
     if model.n_shared:
         apart = [ours.apart_call(problem, table) for problem in some]
-        _require_close(apart[0](), reference, allowed, "ours, apart")
+        checks.before(apart, "ours, apart")
         contenders["apart"] = capture(apart)
-    captured, absent = _of_peers(peers, some, reference)
+    captured, absent = _of_peers(peers, some, references)
     us = in_turns(contenders | captured)
-    memory = min(us[name] for name in probes)
+    for name in ("ours", "counted", "apart"):
+        if name in contenders:
+            checks.after(contenders[name], f"{name} in a graph")
+    for peer in peers:
+        if peer.name in captured:
+            _drop_wrong(peer, captured, references[-1], absent)
+    memory = min(us[name].median for name in probes)
+    rate = limits.fp8_flops if model.format == "fp8_block" else limits.bf16_flops
+    k = model.top_k + model.n_shared
+    arithmetic = 2 * tokens * k * 3 * model.hidden_size * model.width / rate * 1e6
     return Point(
         shape=model.name,
         tp=model.tp_size,
@@ -106,20 +105,48 @@ def measure(
         floor_us=max(memory, arithmetic),
         memory_us=memory,
         arithmetic_us=arithmetic,
-        ours_us=us["ours"],
-        ours_apart_us=us.get("apart"),
-        ours_counted_us=us.get("counted", us["ours"]),
-        layer_us=us["layer"],
+        touched_bytes=sum(map(touched_bytes, some)) // len(some),
+        ours_us=us["ours"].median,
+        ours_apart_us=us["apart"].median if "apart" in us else None,
+        ours_counted_us=us.get("counted", us["ours"]).median,
+        layer_us=us["layer"].median,
+        spread=max(reading.spread for reading in us.values()),
         error=error,
         config=asdict(config),
-        measured=table is not None and table.config(shape, tokens) is not None,
-        peers={name: us[name] for name in captured},
+        measured=table is not None and tokens in table.configs.get(shape, {}),
+        peers={name: us[name].median for name in captured},
         absent=absent,
     )
 
 
+class _Checks:
+    """Ours beside the references: each call before it is timed, and the last of a graph after its replays."""
+
+    def __init__(self, references: Sequence[Reference], allowed: float) -> None:
+        self.references, self.allowed = references, allowed
+
+    def before(self, calls: Sequence[Callable[[], Tensor]], who: str) -> float:
+        """The largest error."""
+        pairs = zip(self.references, calls, strict=True)
+        return max(reference.require(call(), self.allowed, who) for reference, call in pairs)
+
+    def after(self, captured: Captured, who: str) -> None:
+        """Launches overlap in a graph, and memory goes from call to call."""
+        self.references[-1].require(captured.last, self.allowed, who)
+
+
+def _layer(some: Sequence[Problem], references: Sequence[Reference], config: Config) -> Captured:
+    """The experts behind their router, which may send a token elsewhere than the reference's does."""
+    calls = [ours.layer_call(problem, config) for problem in some]
+    rerouted = [ours.rerouted(problem) for problem in some]
+    for problem, other, reference, call in zip(some, rerouted, references, calls, strict=True):
+        right = reference if other is problem else Reference(other)
+        right.require(call(), accuracy(problem.model.format), "ours, with its router")
+    return capture(calls)
+
+
 def _of_peers(
-    peers: Sequence[Peer], some: Sequence[Problem], reference: Callable[[Tensor], float]
+    peers: Sequence[Peer], some: Sequence[Problem], references: Sequence[Reference]
 ) -> tuple[dict[str, Captured], dict[str, str]]:
     """Those that compute what the reference does, and why the others are not among them."""
     captured: dict[str, Captured] = {}
@@ -127,7 +154,8 @@ def _of_peers(
     for peer in peers:
         try:
             calls = [peer(problem) for problem in some]
-            _require_close(calls[0](), reference, peer.accuracy, peer.name)
+            for reference, call in zip(references, calls, strict=True):
+                reference.require(call(), peer.accuracy, peer.name)
             captured[peer.name] = capture(calls)
         except Unavailable as reason:
             absent[peer.name] = str(reason)
@@ -137,22 +165,12 @@ def _of_peers(
     return captured, absent
 
 
-def _reference(problem: Problem) -> Callable[[Tensor], float]:
-    rows = slice(0, CHECKED_TOKENS)
-    x_TD, weights, ids = problem.x_TD[rows].float(), problem.topk_weights_TK[rows], problem.topk_ids_TK[rows]
-    expected = eager(x_TD, weights, ids, problem.experts).double()
-
-    def error(actual: Tensor) -> float:
-        return float((actual[rows].double() - expected).norm() / expected.norm())
-
-    return error
-
-
-def _require_close(actual: Tensor, error_of: Callable[[Tensor], float], allowed: float, who: str) -> float:
-    error = error_of(actual)
-    if not error <= allowed:
-        raise BenchError(f"{who} is {error:.3g} off the reference, allowed are {allowed}")
-    return error
+def _drop_wrong(peer: Peer, captured: dict[str, Captured], reference: Reference, absent: dict[str, str]) -> None:
+    try:
+        reference.require(captured[peer.name].last, peer.accuracy, f"{peer.name} in a graph")
+    except BenchError as failure:
+        del captured[peer.name]
+        absent[peer.name] = f"failed: {first_line(failure)}"
 
 
 def points(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ from torch import Tensor
 Key = TypeVar("Key", bound=Hashable)
 
 REPLAYS = 10
+"""Of each contender, at least."""
+AHEAD_CYCLES = 1_000_000
+"""What the device waits before a replay, half a millisecond: so long that the processor has launched it by then."""
 GRAPH_MILLISECONDS = 1.0
 """What one replay should last at least, so that starting it costs nothing."""
 MOST_REPEATS = 16
@@ -28,6 +33,8 @@ class Captured:
     """Held, for the graph reads and writes what they hold."""
     repeats: int
     """How often the graph has each of them."""
+    last: Any
+    """What the last of these calls gives, written by each replay."""
 
 
 def capture(calls: Sequence[Callable[[], object]]) -> Captured:
@@ -37,36 +44,79 @@ def capture(calls: Sequence[Callable[[], object]]) -> Captured:
     """
     for call in calls[:2]:
         call()
-    once = _graph(calls, 1)
-    repeats = max(1, min(MOST_REPEATS, int(GRAPH_MILLISECONDS / max(_elapsed(once), 1e-3))))
-    return Captured(once if repeats == 1 else _graph(calls, repeats), calls, repeats)
+    once, last = _graph(calls, 1)
+    repeats = max(1, min(MOST_REPEATS, math.ceil(GRAPH_MILLISECONDS / max(_elapsed(once), 1e-3))))
+    if repeats > 1:
+        once, last = _graph(calls, repeats)
+    return Captured(once, calls, repeats, last)
 
 
-def _graph(calls: Sequence[Callable[[], object]], repeats: int) -> Callable[[], object]:
-    """Replays them; it was replayed once."""
+def _graph(calls: Sequence[Callable[[], object]], repeats: int) -> tuple[Callable[[], object], object]:
+    """Replays them, and what the last of them gives; it was replayed once."""
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph, last = torch.cuda.CUDAGraph(), None
     with torch.cuda.graph(graph):
         for _ in range(repeats):
             for call in calls:
-                call()
+                last = call()
     graph.replay()
     torch.cuda.synchronize()
-    return graph.replay
+    return graph.replay, last
 
 
-def in_turns(contenders: Mapping[Key, Captured], replays: int = REPLAYS) -> dict[Key, float]:
-    """Microseconds of one call of each, the median of its replays; one replay of each, then the next.
+def in_turns(contenders: Mapping[Key, Captured], replays: int = REPLAYS) -> dict[Key, Reading]:
+    """What one call of each takes; one replay of each, then the next, in whole rounds of `_order`.
 
     A device's clock changes with its load, by several percent within seconds: what is compared must share it.
     """
     times: dict[Key, list[float]] = {name: [] for name in contenders}
-    for turn in range(replays):
+    for turn in range(_whole_rounds(replays, len(contenders))):
         for name in _order([*contenders], turn):
             times[name].append(_elapsed(contenders[name].replay))
     return {
-        name: statistics.median(times[name]) / (one.repeats * len(one.calls)) * 1e3 for name, one in contenders.items()
+        name: Reading.of([each / (one.repeats * len(one.calls)) * 1e3 for each in times[name]])
+        for name, one in contenders.items()
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Microseconds of one call."""
+
+    median: float
+    quartiles: tuple[float, float]
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Reading:
+        """Of two replays or more."""
+        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+        return cls(median, (low, high))
+
+    @property
+    def spread(self) -> float:
+        """Within which half of the replays were, as a share of the median."""
+        return (self.quartiles[1] - self.quartiles[0]) / self.median
+
+
+class Beside:
+    """Times one after the other, each in turns with the first, and so as if the clock had never changed."""
+
+    def __init__(self, replays: int = 4) -> None:
+        self.replays, self._first, self._us = replays, None, 0.0  # type: int, Captured | None, float
+
+    def microseconds(self, calls: Sequence[Callable[[], object]]) -> float:
+        """Of one of these calls; raises what they raise."""
+        captured = capture(calls)
+        if self._first is None:
+            self._first, self._us = captured, in_turns({0: captured}, self.replays)[0].median
+            return self._us
+        found = in_turns({0: self._first, 1: captured}, self.replays)
+        return self._us * found[1].median / found[0].median
+
+
+def _whole_rounds(replays: int, contenders: int) -> int:
+    """As many turns as make the orders balanced, and `replays` at least."""
+    return -(-replays // (2 * contenders)) * 2 * contenders
 
 
 def _order(names: Sequence[Key], turn: int) -> Sequence[Key]:
@@ -81,11 +131,6 @@ def _order(names: Sequence[Key], turn: int) -> Sequence[Key]:
     return order[::-1] if turn % 2 else order
 
 
-def microseconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> float:
-    """Of one of these calls, by itself."""
-    return in_turns({None: capture(calls)}, replays)[None]
-
-
 def settle() -> None:
     """Wait for the device, so that what failed there is over; nothing where there is none."""
     if torch.cuda.is_available():
@@ -93,8 +138,9 @@ def settle() -> None:
 
 
 def _elapsed(call: Callable[[], object]) -> float:
-    """Milliseconds by the device's clock."""
+    """Milliseconds by the device's clock, none of them for the launch."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(AHEAD_CYCLES)
     start.record()
     call()
     end.record()
@@ -123,7 +169,10 @@ def ceilings() -> Ceilings:
     try:
         q, r = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
         one = torch.ones((), device="cuda")
-        fp8 = _median(lambda: torch._scaled_mm(q, r, scale_a=one, scale_b=one, out_dtype=torch.bfloat16))
+        fp8 = min(
+            _median(partial(torch._scaled_mm, q, r, one, one, out_dtype=torch.bfloat16, use_fast_accum=fast))
+            for fast in (False, True)
+        )
     except RuntimeError:
         fp8 = bf16 / 2
     return Ceilings(
@@ -154,6 +203,7 @@ def probe(parameters: Sequence[Tensor], slots: Tensor, block: int = 8192) -> Cal
     int64; a program reads `block` words.
     """
     from loader.bench.probe import read_slots
+    from loader.kernels.triton_layer import launch
 
     words = [parameter.view(torch.uint8).view(len(parameter), -1).view(torch.int32) for parameter in parameters]
     sizes = [one.shape[1] for one in words] + [0] * (4 - len(words))
@@ -163,15 +213,8 @@ def probe(parameters: Sequence[Tensor], slots: Tensor, block: int = 8192) -> Cal
     ids = slots.int()
 
     def read() -> Tensor:
-        read_slots[(ends[-1], len(ids))](
-            *words,
-            ids,
-            out,
-            *sizes,
-            *ends[:-1],
-            BLOCK=block,
-            num_warps=8 if block >= 8192 else 4,
-        )
+        warps = 8 if block >= 8192 else 4
+        launch(read_slots, (ends[-1], len(ids)), *words, ids, out, *sizes, *ends[:-1], BLOCK=block, num_warps=warps)
         return out
 
     return read

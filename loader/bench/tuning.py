@@ -46,6 +46,9 @@ def tune(
         _require_same_versions(table, path)
         layers = layers_of(model, "cuda", 0)
         for count in left:
+            if not again and _is_complete(_read(path), model, count):
+                shown.found()  # by another process, meanwhile
+                continue
             if until is not None and time.monotonic() > until:
                 more = "" if again else ", and the same command goes on from there"
                 shown.say(f"the time is up; what was found is in {path}{more}")
@@ -114,9 +117,9 @@ def _tune_one(
     table = _read(path)
     for shape, some in zip(shapes, _parts(model, problems), strict=True):
         if again or tokens not in table.configs.get(shape, {}):
-            known = _known(table, shape, tokens)
-            fewer = max(4, most // 3) if known else most
-            start = [*known, *_beside(table, shape, tokens)]
+            searched = tokens in table.configs.get(shape, {})
+            fewer = max(4, most // 3) if searched else most
+            start = [*_known(table, shape, tokens), *_beside(table, shape, tokens)]
             best = search(some, shape, most=fewer, start=start, seed=seed, done=tried)
             found = Measured(tokens=tokens, microseconds=round(best.microseconds, 3), config=best.config)
             table = _save(path, shape, found)
@@ -129,20 +132,20 @@ def _tune_one(
             "apart": capture([ours.apart_call(problem, table) for problem in problems]),
         }
     )
-    together, apart = us["fused"], us["apart"]
+    together, apart = us["fused"].median, us["apart"].median
     _save(path, model.shape, replace(fused, microseconds=round(together, 3), apart_microseconds=round(apart, 3)))
     return f"{_name(model, tokens)}: {together:.1f} us, {apart:.1f} with the shared slots on their own"
 
 
 def _known(table: Table, shape: Shape, tokens: int) -> list[Config]:
-    """What won for as many tokens, once each, its own first, then other stacks': a shorter search can start there."""
+    """What won for as many tokens, once each, its own first, then other stacks'."""
     others = (each for each in table.configs if each != shape and each.format == shape.format)
     won = (table.configs[each][tokens].config for each in (shape, *others) if tokens in table.configs.get(each, {}))
     return [config for config in dict.fromkeys(won) if not misfit(config, shape)]
 
 
 def _beside(table: Table, shape: Shape, tokens: int) -> list[Config]:
-    """What won for the next fewer and the next more tokens: worth a try, and no more."""
+    """What won for the next fewer and the next more tokens."""
     own = table.configs.get(shape, {})
     fewer, more = ([n for n in sorted(own) if n < tokens], [n for n in sorted(own) if n > tokens])
     return [own[n].config for n in (*fewer[-1:], *more[:1])]

@@ -16,6 +16,8 @@ from loader.kernels.configs import LARGE, Config, Shape, Tiles, misfit
 
 VERSION = 3
 """Of the form of the file; raised where the kernels change so that old figures mean nothing."""
+LUCK = 0.01
+"""By how much readings of the same differ, as a share."""
 MOST_STRETCHED = 4
 """Times as many tokens as were timed that a configuration of small blocks, or of parts in memory, is used for."""
 SHIPPED = Path(__file__).with_name("tables")
@@ -66,12 +68,12 @@ class Table:
     def dense_shared_from(self, shape: Shape) -> int | None:
         """Tokens from which on shared slots are faster on their own: of those measured, and at all larger ones.
 
-        0 where they never were; None where nothing was compared.
+        0 where they never were; None where nothing was compared. Less than `LUCK` decides nothing.
         """
         compared = [one for _, one in sorted(self.configs.get(shape, {}).items()) if one.apart_microseconds is not None]
         first = 0
         for one in reversed(compared):
-            if (one.apart_microseconds or 0.0) >= one.microseconds:
+            if (one.apart_microseconds or 0.0) * (1 + LUCK) >= one.microseconds:
                 break
             first = one.tokens
         return first if compared else None

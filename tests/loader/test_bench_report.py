@@ -48,7 +48,7 @@ def test_lines_for_people() -> None:
         "158.0",
     ]
     assert "marlin 180.0 (1.20x)" in line
-    assert line.endswith("[settings counted, not measured]")
+    assert line.endswith("[settings not measured for this number of tokens]")
     assert len(heading.splitlines()[1]) == line.index("  marlin")
     alone = report().line(point(ours_apart_us=None, ours_counted_us=None))
     assert alone.split()[6:] == ["1.50", "158.0"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from loader.bench import checks
 from loader.bench.peers import Unavailable, peers_of
 from loader.bench.problem import Problem, random_experts
+from loader.bench.timing import Reading
 from loader.errors import BenchError
 from loader.kernels.configs import default
 from loader.kernels.tuned import Measured, Table
@@ -22,15 +25,28 @@ from tests.loader.bench_fakes import CEILINGS, model
 pytestmark = pytest.mark.kernels
 
 
+@dataclass
+class Graph:
+    """Stands for `Captured`, without a graph: the calls, and what the last of them gives."""
+
+    calls: Sequence[Callable[[], Tensor | None]]
+
+    @property
+    def last(self) -> Tensor | None:
+        return self.calls[-1]()
+
+
 class Clock:
-    """Stands for `in_turns`: 10 for the first, 20 for the second; what is captured are numbers of calls, never run."""
+    """Stands for `in_turns`: 10 for the first, 20 for the second, half of the first one's replays 1 apart."""
 
     def __init__(self) -> None:
-        self.asked: dict[str, int] = {}
+        self.asked: dict[str, Graph] = {}
 
-    def __call__(self, contenders: dict[str, int]) -> dict[str, float]:
+    def __call__(self, contenders: dict[str, Graph]) -> dict[str, Reading]:
         self.asked = contenders
-        return {name: 10.0 * place for place, name in enumerate(contenders, 1)}
+        return {
+            name: Reading(10.0 * place, (10.0 * place, 10.0 * place + 1)) for place, name in enumerate(contenders, 1)
+        }
 
 
 @pytest.fixture
@@ -39,13 +55,18 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     from loader.bench import run
 
     monkeypatch.setattr(run, "TOUCHED_BYTES", 1)
-    monkeypatch.setattr(run, "capture", len)
+    monkeypatch.setattr(run, "capture", Graph)
     monkeypatch.setattr(run, "in_turns", Clock())
     # As test_kernels.py has it: the layers are small.
-    monkeypatch.setattr(run, "ACCURACY", {"fp8_block": 0.12})
+    monkeypatch.setattr(checks, "ACCURACY", {"fp8_block": 0.12})
     monkeypatch.setattr(run, "probe", lambda parameters, slots, block: None)
     monkeypatch.setattr(run, "PROBE_BLOCKS", (2048,))  # one place in the turns for the floor
     return run
+
+
+def of_point(format_name: str) -> tuple[Any, Any]:
+    of = model(format_name)
+    return of, [random_experts(of, "cpu", seed) for seed in (0, 1)]
 
 
 def measure(bench: Any, tokens: int = 3, *, table: Table | None = None, peers: Any = (), **other: Any) -> Any:
@@ -71,7 +92,11 @@ class Stub:
 def test_a_point_of_each_format(bench: Any, format_name: str, tokens: int) -> None:
     found = measure(bench, tokens, format_name=format_name)
     assert found.error <= (0.12 if format_name == "fp8_block" else 0.02)
-    assert list(bench.in_turns.asked.values()) == [2, 2, 2, 2]
+    assert [len(graph.calls) for graph in bench.in_turns.asked.values()] == [2, 2, 2, 2]
+    assert found.spread == 0.1
+    assert (
+        found.touched_bytes == sum(map(bench.touched_bytes, bench.problems_of(*of_point(format_name), tokens, 0))) // 2
+    )
     assert (found.memory_us, found.ours_us, found.layer_us, found.ours_apart_us) == (10.0, 20.0, 30.0, 40.0)
     assert (found.floor_us, found.ours_over_floor) == (10.0, 2.0)
     assert not found.measured
@@ -91,8 +116,9 @@ def test_settings_of_a_table_are_used_and_said(bench: Any) -> None:
     config = replace(default(shape, 3, 1), splits=2)
     table = Table(device="NVIDIA H200", versions={})
     table.configs[shape] = {4: Measured(tokens=4, microseconds=1.0, config=config)}
-    found = measure(bench, table=table)
+    found = measure(bench, 4, table=table)
     assert found.measured
+    assert not measure(bench, 3, table=table).measured  # with the same settings
     assert found.config == asdict(config)
     assert [*bench.in_turns.asked][1:] == ["ours", "layer", "counted", "apart"]
     assert (found.ours_us, found.ours_counted_us, found.ours_apart_us) == (20.0, 40.0, 50.0)
@@ -123,6 +149,66 @@ def test_counted_settings_that_are_wrong_are_refused(bench: Any, monkeypatch: py
     monkeypatch.setattr(bench.ours, "call", wrong)
     with pytest.raises(BenchError, match=r"^ours, settings counted is 0\.\d+ off the reference"):
         measure(bench, table=table)
+
+
+@pytest.mark.parametrize("who", ["ours", "stub"])
+@pytest.mark.parametrize(("problem_number", "row"), [(0, 99), (1, 0)])
+def test_each_call_is_compared_to_its_last_row(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, who: str, problem_number: int, row: int
+) -> None:
+    """Not only the first call, and not only rows that are in the first blocks."""
+    (peer,) = peers_of(["torch-grouped_mm"])
+    right: Any = bench.ours.call if who == "ours" else peer
+    seen: list[Tensor] = []
+
+    def wrong(problem: Problem, *config: Any) -> Callable[[], Tensor]:
+        call = right(problem, *config)
+        if not any(x is problem.x_TD for x in seen):
+            seen.append(problem.x_TD)
+        bad = next(n for n, x in enumerate(seen) if x is problem.x_TD) == problem_number
+
+        def broken() -> Tensor:
+            y: Tensor = call().clone()
+            if bad:
+                y[row] = torch.nan
+            return y
+
+        return broken
+
+    if who == "ours":
+        monkeypatch.setattr(bench.ours, "call", wrong)
+        with pytest.raises(BenchError, match=r"^ours is nan off the reference"):
+            measure(bench, 100)
+    else:
+        found = measure(bench, 100, peers=[Stub(wrong)])
+        assert found.peers == {} and found.absent == {"stub": "failed: stub is nan off the reference, allowed are 0.02"}
+
+
+@pytest.mark.parametrize("who", ["ours", "stub"])
+def test_what_only_a_graph_gets_wrong_is_seen(bench: Any, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    (right,) = peers_of(["torch-grouped_mm"])
+    in_graph = {"ours": lambda call: call, "stub": lambda call: call}
+    in_graph[who] = lambda call: lambda: call() * 1.1
+
+    def capture(calls: Any) -> Graph:
+        name = "stub" if getattr(calls[0], "of_stub", False) else "ours"
+        return Graph([in_graph[name](call) for call in calls])
+
+    def prepare(problem: Problem) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            return made()
+
+        made = right(problem)
+        call.of_stub = True  # type: ignore[attr-defined]
+        return call
+
+    monkeypatch.setattr(bench, "capture", capture)
+    if who == "ours":
+        with pytest.raises(BenchError, match=r"^ours in a graph is 0\.\d+ off"):
+            measure(bench, peers=[Stub(prepare)])
+    else:
+        found = measure(bench, peers=[Stub(prepare)])
+        assert found.peers == {} and found.absent["stub"].startswith("failed: stub in a graph is 0.")
 
 
 def test_a_router_may_differ_in_a_near_tie_and_not_in_more(bench: Any) -> None:
@@ -212,14 +298,38 @@ def test_contenders_take_turns_and_the_median_counts(monkeypatch: pytest.MonkeyP
     from loader.bench import timing
 
     run: list[str] = []
-    taking = {"a": iter([9.0, 1.0, 2.0]), "b": iter([4.0, 40.0, 8.0])}
+    taking = {"a": iter([9.0, 1.0, 2.0, 2.0]), "b": iter([4.0, 40.0, 8.0, 8.0])}
     monkeypatch.setattr(timing, "_elapsed", lambda replay: next(taking[replay()]))
     contenders = {
-        name: timing.Captured(lambda name=name: run.append(name) or name, [lambda: None] * count, 2)  # type: ignore[misc]
+        name: timing.Captured(lambda name=name: run.append(name) or name, [lambda: None] * count, 2, None)  # type: ignore[misc]
         for name, count in (("a", 1), ("b", 4))
     }
-    assert timing.in_turns(contenders, 3) == {"a": 1000.0, "b": 1000.0}
-    assert [run[:2], run[2:4], run[4:]] == [["a", "b"], ["b", "a"], ["b", "a"]]
+    assert {name: reading.median for name, reading in timing.in_turns(contenders, 3).items()} == {"a": 1e3, "b": 1e3}
+    assert [run[:2], run[2:4], run[4:6], run[6:]] == [["a", "b"], ["b", "a"], ["b", "a"], ["a", "b"]]
+
+
+def test_a_clock_that_slows_down_makes_nobody_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    from loader.bench import timing
+
+    clock = itertools.count(1)
+    monkeypatch.setattr(timing, "capture", lambda calls: calls)
+    monkeypatch.setattr(
+        timing,
+        "in_turns",
+        lambda some, _: {
+            n: timing.Reading(calls[0]() * slow, (0, 0)) for slow in [next(clock)] for n, calls in some.items()
+        },
+    )
+    timer = timing.Beside()
+    assert [timer.microseconds([lambda us=us: us]) for us in (8.0, 4.0, 16.0)] == [8.0, 4.0, 16.0]  # type: ignore[misc]
+
+
+def test_half_of_the_replays_is_within_the_quartiles() -> None:
+    from loader.bench.timing import Reading
+
+    reading = Reading.of([10.0, 12.0, 11.0, 30.0, 10.0])
+    assert (reading.median, reading.quartiles) == (11.0, (10.0, 12.0))
+    assert reading.spread == pytest.approx(2 / 11)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7])

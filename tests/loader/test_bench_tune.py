@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from loader.bench import cli
 from loader.bench.candidates import candidates
 from loader.bench.problem import Model, problems, random_experts
 from loader.bench.shown import Shown, shown
+from loader.bench.timing import Reading
 from loader.errors import BenchError, TableError
 from loader.kernels.configs import Config, Shape, Tiles, default
 from loader.kernels.tuned import Measured, Table, file_name, read_table, to_change
@@ -29,7 +31,7 @@ DEVICE = "NVIDIA H200"
 
 
 class Clock:
-    """Stands for `microseconds`: the time of a configuration is `cost` of it; it notes whom it was asked of.
+    """Stands for a `Beside`: the time of a configuration is `cost` of it; it notes whom it was asked of.
 
     `again` stands for `in_turns`, of the few that are left.
     """
@@ -38,20 +40,41 @@ class Clock:
         self.cost, self.asked = cost, []  # type: tuple[Callable[[Config], float], list[Config]]
         self.cost_again, self.finalists = again or cost, []  # type: tuple[Callable[[Config], float], list[Config]]
 
-    def __call__(self, calls: Any, replays: int = 9) -> float:
-        (config,) = set(calls)
+    def microseconds(self, calls: Any) -> float:
+        (config,) = {call.config for call in calls}
         self.asked.append(config)
         return self.cost(config)
 
-    def again(self, contenders: dict[Config, Config]) -> dict[Config, float]:
+    def again(self, contenders: dict[Config, Any]) -> dict[Config, Reading]:
         self.finalists = list(contenders)
-        return {config: self.cost_again(config) for config in contenders}
+        return {config: Reading(self.cost_again(config), (0.0, 0.0)) for config in contenders}
+
+
+class Call:
+    """Stands for a call of a layer; `gives` is what it comes to."""
+
+    def __init__(self, config: Config, gives: Callable[[Config], float]) -> None:
+        self.config, self.gives = config, gives
+
+    def __call__(self) -> float:
+        return self.gives(self.config)
+
+
+class Right:
+    """Stands for `Reference`: 1 is right."""
+
+    def __init__(self, problem: Any) -> None:
+        pass
+
+    def require(self, actual: float, allowed: float, who: str) -> float:
+        if actual != 1.0:
+            raise BenchError(f"{who} is {actual} off")
+        return 0.0
 
 
 def use(monkeypatch: pytest.MonkeyPatch, tune: Any, clock: Clock) -> Clock:
-    monkeypatch.setattr(tune, "microseconds", clock)
+    monkeypatch.setattr(tune, "Beside", lambda: clock)
     monkeypatch.setattr(tune, "in_turns", clock.again)
-    monkeypatch.setattr(tune, "capture", lambda calls: calls[0])
     return clock
 
 
@@ -61,7 +84,9 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     from loader.bench import tune
 
     monkeypatch.setattr(tune, "_compile", lambda problem, configs: None)
-    monkeypatch.setattr(tune.ours, "call", lambda problem, config: config)
+    monkeypatch.setattr(tune, "Reference", Right)
+    monkeypatch.setattr(tune, "capture", lambda calls: SimpleNamespace(last=calls[-1]()))
+    monkeypatch.setattr(tune.ours, "call", lambda problem, config: Call(config, lambda _: 1.0))
     return tune
 
 
@@ -160,6 +185,34 @@ def test_what_it_starts_from_and_can_not_be_launched_is_not_timed_again(
     assert clock.asked[0] == start and start not in clock.finalists
 
 
+def test_what_it_starts_from_stays_unless_it_is_beaten_by_more_than_luck(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = replace(GOAL, gate_up=replace(GOAL.gate_up, block_n=512))
+    for us, stays in ((1.009, True), (1.02, False)):
+        use(monkeypatch, bench, Clock(lambda config, us=us: us if config == start else 1.0))  # type: ignore[misc]
+        best = bench.search(one_problem(2048), SHAPE, most=4, start=[start])
+        assert (best.config == start) is stays
+
+
+def test_what_computes_something_else_does_not_win(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The goal is fastest, and wrong."""
+    monkeypatch.setattr(
+        bench.ours, "call", lambda problem, config: Call(config, lambda config: 0.0 if config == GOAL else 1.0)
+    )
+    clock = use(monkeypatch, bench, Clock(lambda config: distance(config, GOAL)))
+    best = bench.search(one_problem(2048), SHAPE, most=1000)
+    assert GOAL not in clock.asked and best.config != GOAL and best.microseconds > 1.0
+    assert best.failed == 1
+
+
+def test_finalists_that_are_wrong_in_a_graph_end_the_search(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "capture", lambda calls: SimpleNamespace(last=0.0))
+    use(monkeypatch, bench, Clock(lambda config: distance(config, GOAL)))
+    with pytest.raises(BenchError, match="in a graph, Config"):
+        bench.search(one_problem(2048), SHAPE, most=4)
+
+
 def test_a_search_is_the_same_each_time(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clocks = []
     for seed in (0, 0, 1):
@@ -238,7 +291,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     monkeypatch.setattr(tuning, "layers_of", lambda of, device, seed: [random_experts(of, "cpu", seed)])
     monkeypatch.setattr(tuning, "problems_of", problems)
     monkeypatch.setattr(tuning, "capture", len)
-    monkeypatch.setattr(tuning, "in_turns", lambda contenders: {"fused": 20.5, "apart": 25.5})
+    readings = {"fused": Reading(20.5, (20.0, 21.0)), "apart": Reading(25.5, (25.0, 26.0))}
+    monkeypatch.setattr(tuning, "in_turns", lambda contenders: readings)
 
     def go(
         models: list[Model], tokens: list[int], *, failing: int | None = None, **options: Any
@@ -320,7 +374,7 @@ def test_again_starts_at_what_is_there(run: Callable[..., Any], tmp_path: Path) 
     assert [tokens for _, tokens in searches.of] == [16, 16]
     own = [before[shape][16].config for shape in (of.shape, of.shape.routed(1))]
     assert [start[0] for start in searches.starts] == own
-    assert searches.asked == [(4, 1), (4, 1)]
+    assert searches.asked == [(4, 1), (4, 1)]  # a third, and four at least
     assert said == ["small tp 1 bf16, 16 tokens: 20.5 us, 25.5 with the shared slots on their own"]
     after = table(tmp_path).configs
     assert after[of.shape][16].config == candidates(of.shape, 16, 132)[1] != own[0]

@@ -38,7 +38,7 @@ def device() -> str:
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_real_widths_by_every_way_to_walk_a_layer(device: str, format_name: str, tp_size: int, tokens: int) -> None:
     from loader.bench import ours
-    from loader.bench.run import ACCURACY, USUAL_ACCURACY
+    from loader.bench.checks import accuracy
 
     model = replace(Model.of("kimi-k2.5", format_name, tp_size), n_routed=15)
     problem = problems(model, [random_experts(model, device, 0)], tokens, 1)[0]
@@ -46,7 +46,7 @@ def test_real_widths_by_every_way_to_walk_a_layer(device: str, format_name: str,
     for config in dict.fromkeys([default(model.shape, tokens, 132), *candidates(model.shape, tokens, 132)]):
         actual = ours.call(problem, config)()
         error = float((actual.double() - expected.double()).norm() / expected.double().norm())
-        assert error <= ACCURACY.get(format_name, USUAL_ACCURACY), config
+        assert error <= accuracy(format_name), config
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 2048])
