@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-PEERS = {("bf16", "fp8_block"): "sglang-triton-tuned", ("int4_g32", "mxfp4"): "marlin"}
-"""What each pair of formats is compared with; MXFP4 with int4, so that one run has both."""
+PEERS = {("bf16", "fp8_block"): "sglang-triton-tuned", ("int4_g32", "mxfp4"): "marlin", ("int4_g32",): "marlin"}
+"""What formats are compared with; MXFP4 with int4, so that one run has both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +47,12 @@ class Run:
         return ["bench", *where, *own, *peers, "--json", str(json_file)]
 
 
+PAIRS = [formats for formats in PEERS if len(formats) == 2]
 RUNS = [
     Run(shape=shape, tp=tp, formats=formats)
     for tp in (1, 8)  # the longest first
-    for shape in ("kimi-k2.5", "deepseek-v3")
-    for formats in PEERS
+    for shape, some in (("kimi-k2.5", PAIRS), ("deepseek-v3", PAIRS), ("kimi-k2.5-routed", [("int4_g32",)]))
+    for formats in some
 ]
 
 

@@ -58,10 +58,10 @@ def test_each_run_has_a_gpu_and_files_of_its_own(
     assert failed == []
     assert {gpu for gpu, _ in processes.ran} == {"0", "3"}
     written = {path.name for path in tmp_path.glob("*.json")}
-    assert len(written) == len(kernels.RUNS) == 8
+    assert len(written) == len(kernels.RUNS) == 10
     assert "h200-kimi-k2.5-tp8-int4_g32-mxfp4.json" in written
-    assert len(list(tmp_path.glob("*.log"))) == 8
-    assert len(capsys.readouterr().out.splitlines()) == 8
+    assert len(list(tmp_path.glob("*.log"))) == 10
+    assert len(capsys.readouterr().out.splitlines()) == 10
 
 
 def test_what_fails_is_named_and_stops_nothing(
@@ -72,7 +72,7 @@ def test_what_fails_is_named_and_stops_nothing(
     before.write_text("figures of before")
     processes, failed = run(monkeypatch, tmp_path, failing="deepseek-v3 --tp 8 --format int4_g32")
     assert failed == ["h200-deepseek-v3-tp8-int4_g32-mxfp4"]
-    assert len(processes.ran) == 8
+    assert len(processes.ran) == 10
     assert before.read_text() == "figures of before"
     assert before.with_suffix(".partial.json").exists()
     assert f"failed with 1, see {tmp_path / failed[0]}.log" in capsys.readouterr().out

@@ -51,7 +51,7 @@ def layer_options(command: F) -> F:
             show_default=True,
             help="Ranks that share each expert's width.",
         ),
-        click.option("--shape", required=True, metavar="NAME", help="kimi-k2.5, deepseek-v3, glm-4.5, qwen3-30b-a3b."),
+        click.option("--shape", required=True, metavar="NAME", help="kimi-k2.5, kimi-k2.5-routed, deepseek-v3, …"),
     ):
         command = option(command)
     return command

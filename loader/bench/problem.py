@@ -27,6 +27,7 @@ _QWEN = RouterConfig(scoring_func="softmax", top_k=8)
 MODELS: Mapping[str, tuple[int, int, int, int, RouterConfig]] = MappingProxyType(
     {
         "kimi-k2.5": (384, 1, 7168, 2048, _KIMI),
+        "kimi-k2.5-routed": (384, 0, 7168, 2048, _KIMI),  # as released in int4, whose shared expert is in bf16
         "deepseek-v3": (256, 1, 7168, 2048, _DEEPSEEK),
         "qwen3-30b-a3b": (128, 0, 2048, 768, _QWEN),
         "glm-4.5": (160, 1, 5120, 1536, _GLM),

@@ -36,7 +36,7 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "says"),
     [
         ([], "Missing option '--shape'"),
-        (["--shape", "kimi-k3"], "unknown shape `kimi-k3`; there are kimi-k2.5, deepseek-v3, "),
+        (["--shape", "kimi-k3"], "unknown shape `kimi-k3`; there are kimi-k2.5, kimi-k2.5-routed, deepseek-v3, "),
         ([*GOOD, "--format", "bf16,nvfp4"], "unknown format `nvfp4`; there are bf16, fp8_block, int4_g32, mxfp4"),
         ([*GOOD, "--format", "fp16"], "unknown format `fp16`"),
         ([*GOOD, "--format", ","], "--format takes at least one name"),
