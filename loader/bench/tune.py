@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from loader.bench import ours
 from loader.bench.candidates import candidates, fewer_registers, some_tiles, with_tiles
 from loader.bench.checks import Reference, accuracy
@@ -91,6 +93,8 @@ def search(
     best_few = sorted(ran, key=lambda config: times[config])[:FINALISTS]
     finalists = dict.fromkeys([*best_few, *(config for config in start[:1] if config in ran)])
     finals = _finals(problems, references, finalists, allowed)
+    if not finals:
+        raise BenchError(f"for {shape} with {tokens} tokens the best configurations compute something else in a graph")
     best = min(finals, key=lambda config: finals[config])
     if start and start[0] in finals and finals[start[0]] <= finals[best] * (1 + LUCK):
         best = start[0]
@@ -100,16 +104,26 @@ def search(
 def _finals(
     problems: Sequence[Problem], references: Sequence[Reference], finalists: Iterable[Config], allowed: float
 ) -> dict[Config, float]:
-    """Microseconds of each, side by side; all calls are compared before, and the last of a graph after its replays."""
-    calls = {config: [ours.call(problem, config) for problem in problems] for config in finalists}
-    for config, some in calls.items():
-        for reference, call in zip(references, some, strict=True):
-            reference.require(call(), allowed, str(config))
-    captured = {config: capture(some) for config, some in calls.items()}
-    readings = in_turns(captured)
-    for config, one in captured.items():
-        references[-1].require(one.last, allowed, f"in a graph, {config}")
-    return {config: reading.median for config, reading in readings.items()}
+    """Microseconds, side by side, of those that are right in all calls and in the last of a graph after its replays."""
+    captured = {}
+    for config in finalists:
+        calls = [ours.call(problem, config) for problem in problems]
+        if all(
+            _is_right(reference, call(), allowed, config) for reference, call in zip(references, calls, strict=True)
+        ):
+            captured[config] = capture(calls)
+    readings = in_turns(captured) if captured else {}
+    right = (config for config in captured if _is_right(references[-1], captured[config].last, allowed, config))
+    return {config: readings[config].median for config in right}
+
+
+def _is_right(reference: Reference, actual: Tensor, allowed: float, config: Config) -> bool:
+    try:
+        reference.require(actual, allowed, str(config))
+    except BenchError as error:
+        log.warning("%s", error)
+        return False
+    return True
 
 
 def _compile(problem: Problem, configs: Sequence[Config]) -> None:

@@ -206,10 +206,17 @@ def test_what_computes_something_else_does_not_win(bench: Any, monkeypatch: pyte
     assert best.failed == 1
 
 
-def test_finalists_that_are_wrong_in_a_graph_end_the_search(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "capture", lambda calls: SimpleNamespace(last=0.0))
+def test_a_finalist_that_is_wrong_in_a_graph_does_not_win(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(calls: Any) -> Any:
+        return SimpleNamespace(last=0.0 if calls[0].config in wrong else 1.0)
+
+    monkeypatch.setattr(bench, "capture", capture)
+    wrong = [GOAL]
     use(monkeypatch, bench, Clock(lambda config: distance(config, GOAL)))
-    with pytest.raises(BenchError, match="in a graph, Config"):
+    best = bench.search(one_problem(2048), SHAPE, most=1000)
+    assert best.config != GOAL and best.microseconds > 1.0
+    monkeypatch.setattr(bench, "capture", lambda calls: SimpleNamespace(last=0.0))
+    with pytest.raises(BenchError, match="with 2048 tokens the best configurations compute something else in a graph"):
         bench.search(one_problem(2048), SHAPE, most=4)
 
 
