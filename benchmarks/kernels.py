@@ -5,13 +5,14 @@
     python scripts/kernel_figures.py --plots
 
 Each run is a `moe-loader bench` of its own on one GPU; OUT (`benchmarks/results`) gets its figures as JSON, and what it
-printed beside them; figures of before are replaced by those of a run that came to its end, and by no others. Contenders
-are compared within a run, so GPUs that differ do no harm. Exit 1 where a run failed.
+printed beside them. Only a run that came to its end, its peer in it, replaces figures of before; delete files of other
+names that have the same points. All GPUs are of one kind. Exit 1 where a run failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -72,22 +73,35 @@ def run_all(runs: Sequence[Run], gpus: Sequence[str], device: str, options: argp
                 done = subprocess.run(
                     [sys.executable, "-m", "loader", *asked], env=environment, stdout=stream, stderr=stream, check=False
                 )
-            if done.returncode == 0:
-                partial.replace(options.out / f"{name}.json")
         finally:
             free.put(gpu)
-        how = f"failed with {done.returncode}, see {log}" if done.returncode else "done"
+        trouble = f"exit {done.returncode}" if done.returncode else missing(partial, PEERS[run.formats])
+        if not trouble:
+            partial.replace(options.out / f"{name}.json")
+        how = f"failed ({trouble}), see {log}" if trouble else "done"
         print(f"GPU {gpu}: {name}: {how}, {time.monotonic() - started:.0f} s", flush=True)
-        return done.returncode == 0
+        return not trouble
 
     with ThreadPoolExecutor(len(gpus)) as pool:
         return [run.name(device) for run, done in zip(runs, pool.map(one, runs), strict=True) if not done]
+
+
+def missing(figures: Path, peer: str) -> str:
+    """Why these are no comparison with `peer`; empty where they are one."""
+    points = json.loads(figures.read_text(encoding="utf-8"))["points"]
+    failed = [point["absent"][peer] for point in points if point["absent"].get(peer, "").startswith("failed")]
+    if failed:
+        return f"{peer} {failed[0]}"
+    reasons = [point["absent"][peer] for point in points if peer in point["absent"]]
+    return f"{peer} did not run: {reasons[0]}" if len(reasons) == len(points) else ""
 
 
 def visible_gpus() -> list[str]:
     """As CUDA_VISIBLE_DEVICES names them."""
     import torch
 
+    if not torch.cuda.is_available():
+        return []
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return given.split(",") if given else [str(n) for n in range(torch.cuda.device_count())]
 
@@ -107,7 +121,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", metavar="OUT", default=Path("benchmarks/results"), help="folder")
     parser.add_argument(
-        "--only", default="", metavar="SHAPE:TP[:FORMAT],…", help="such as kimi-k2.5:8,deepseek-v3:1:bf16"
+        "--only",
+        default="",
+        metavar="SHAPE:TP[:FORMAT],…",
+        help="such as kimi-k2.5:8,deepseek-v3:1:bf16, which runs fp8_block with it",
     )
     parser.add_argument("--tables", type=Path, metavar="DIR", help="folder of settings; default: the shipped ones")
     parser.add_argument(
@@ -122,8 +139,11 @@ def main() -> None:
         raise SystemExit("there is no GPU here; kernels are timed where they run")
     import torch
 
+    device, *others = sorted({torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())})
+    if others:
+        raise SystemExit(f"these GPUs differ ({device}, {', '.join(others)}); choose by CUDA_VISIBLE_DEVICES")
     options.out.mkdir(parents=True, exist_ok=True)
-    if failed := run_all(runs, gpus, torch.cuda.get_device_name(), options):
+    if failed := run_all(runs, gpus, device, options):
         raise SystemExit(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
 
 

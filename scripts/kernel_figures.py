@@ -65,6 +65,12 @@ def fresh(page: str) -> str:
         lines = table(("", *map(str, TOKENS)), _rows(some, TARGETS.get((shape, tp), {})))
         return found[1] + "\n".join(lines) + found[4]
 
+    shown = {(found["shape"], int(found["tp"])) for found in GENERATED.finditer(page)}
+    if left := sorted({(point.shape, point.tp) for point in found_points} - shown):
+        shape, tp = left[0]
+        raise SystemExit(
+            f"{PAGE.name} has no table for {shape} at TP{tp}; put `<!-- generated: {shape} {tp} -->` there"
+        )
     return GENERATED.sub(part, page)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gatekeeper import load_rules, read_facts
 from gatekeeper.errors import CheckpointError, FactError
 from gatekeeper.providers.flags import read_flags
 from gatekeeper.providers.platform import _of_devices, read_platform
@@ -350,6 +351,17 @@ def test_a_preset_and_where_it_is_from() -> None:
     assert (found["platform.vendor"].value, found["platform.arch"].value) == ("hip", "gfx950")
     assert found["platform.vendor"].witness == "platforms.yaml: mi355x"
     assert read_platform("cpu", platforms(), catalogue())["platform.arch"].value is ABSENT
+
+
+def test_what_a_preset_leaves_out_is_not_known_to_be_nothing() -> None:
+    """A device has a name and an architecture, also where nobody wrote it down."""
+    some = {"new": {"platform.vendor": "cuda"}}
+    assert read_platform("new", some, catalogue()).keys() == {"platform.vendor"}
+    assert "platform.device_name" not in read_platform("mi355x", platforms(), catalogue())
+    facts = read_facts(CORPUS / "deepseek-ai__DeepSeek-V3", platform="rtx-pro-6000", rules=load_rules())
+    assert facts.values.get("platform.device_name", UNKNOWN) is UNKNOWN
+    of_cpu = read_facts(CORPUS / "deepseek-ai__DeepSeek-V3", platform="cpu", rules=load_rules()).values
+    assert of_cpu["platform.device_name"] is of_cpu["platform.arch"] is ABSENT
 
 
 def test_memory_of_a_device() -> None:

@@ -61,6 +61,14 @@ def test_a_point_of_two_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         fresh("<!-- generated: kimi-k2.5 8 -->\n<!-- end -->\n")
 
 
+def test_a_run_without_a_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_figures, "reports", lambda: {"one": report(point(), point(shape="deepseek-v3", tp=1))})
+    with pytest.raises(
+        SystemExit, match="no table for deepseek-v3 at TP1; put `<!-- generated: deepseek-v3 1 -->` there"
+    ):
+        fresh("<!-- generated: kimi-k2.5 8 -->\n<!-- end -->\n")
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_a_run_is_read_as_it_was_written(path: object) -> None:
     raw = json.loads(path.read_text(encoding="utf-8"))  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import threading
@@ -24,8 +25,8 @@ WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="it would mea
 class Processes:
     """Stands for `subprocess.run`: notes which command ran on which GPU, and that no GPU had two at once."""
 
-    def __init__(self, failing: str) -> None:
-        self.failing, self.lock = failing, threading.Lock()
+    def __init__(self, failing: str, without: tuple[str, str] | None = None) -> None:
+        self.failing, self.without, self.lock = failing, without, threading.Lock()
         self.busy: set[str] = set()
         self.ran: list[tuple[str, list[str]]] = []
 
@@ -37,15 +38,18 @@ class Processes:
             self.ran.append((gpu, command))
         stdout.write("what it printed")
         json_file = Path(command[command.index("--json") + 1])
-        json_file.write_text("figures, or a part of them")
+        absent = {} if self.without is None else {self.without[0]: self.without[1]}
+        json_file.write_text(json.dumps({"points": [{"absent": absent}, {"absent": {}}][: 1 + (absent == {})]}))
         time.sleep(0.01)
         with self.lock:
             self.busy.remove(gpu)
         return subprocess.CompletedProcess(command, 1 if self.failing in " ".join(command) else 0)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, failing: str) -> tuple[Processes, list[str]]:
-    processes = Processes(failing)
+def run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, failing: str, without: tuple[str, str] | None = None
+) -> tuple[Processes, list[str]]:
+    processes = Processes(failing, without)
     monkeypatch.setattr(kernels.subprocess, "run", processes)
     options = argparse.Namespace(out=tmp_path, tables=None, peers_dir=Path(".peers"))
     return processes, kernels.run_all(kernels.RUNS, ["0", "3"], "NVIDIA H200", options)
@@ -75,7 +79,32 @@ def test_what_fails_is_named_and_stops_nothing(
     assert len(processes.ran) == 10
     assert before.read_text() == "figures of before"
     assert before.with_suffix(".partial.json").exists()
-    assert f"failed with 1, see {tmp_path / failed[0]}.log" in capsys.readouterr().out
+    assert f"failed (exit 1), see {tmp_path / failed[0]}.log" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("reason", "says"),
+    [("failed: out of memory", "marlin failed: out of memory"), ("no library", "marlin did not run: no library")],
+)
+def test_figures_without_the_peer_replace_none_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], reason: str, says: str
+) -> None:
+    before = tmp_path / "h200-kimi-k2.5-tp8-int4_g32-mxfp4.json"
+    before.write_text("figures of before")
+    _, failed = run(monkeypatch, tmp_path, failing="nothing", without=("marlin", reason))
+    assert failed == [each.name("NVIDIA H200") for each in kernels.RUNS if kernels.PEERS[each.formats] == "marlin"]
+    assert before.read_text() == "figures of before"
+    assert f"failed ({says})" in capsys.readouterr().out
+
+
+def test_a_format_that_the_peer_has_not_is_no_failure(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    points = [{"absent": {}}, {"absent": {"marlin": "Marlin is timed on int4_g32, not mxfp4"}}]
+    figures.write_text(json.dumps({"points": points}))
+    assert kernels.missing(figures, "marlin") == ""
+    points[0]["absent"] = {"marlin": "failed: a block"}
+    figures.write_text(json.dumps({"points": points}))
+    assert kernels.missing(figures, "marlin") == "marlin failed: a block"
 
 
 def test_a_gpu_is_free_again_after_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ NAMES = (
 
 
 def read_platform(name: str, platforms: Mapping[str, Mapping[str, Any]], catalogue: Catalogue) -> Readings:
-    """`platform.*` of a preset (name to facts), absent where it says nothing; or of this machine (`here`).
+    """`platform.*` of a preset (name to facts), or of this machine (`here`).
+
+    What a preset leaves out is unknown, and absent where there is no device to have it.
 
     `here` reads `library.*` (from installed metadata, nothing is imported) and `env.*` too. Raises `FactError` for a
     name that is no preset.
@@ -45,8 +47,11 @@ def read_platform(name: str, platforms: Mapping[str, Mapping[str, Any]], catalog
         raise FactError(f"unknown platform `{name}`{hint}")
     witness = f"platforms.yaml: {name}"
     sets = platforms[name]
-    facts = [fact for fact, spec in catalogue.items() if spec.group == "platform"]
-    return {fact: Reading(sets.get(fact, ABSENT), witness) for fact in (*facts, *(f for f in sets if f not in facts))}
+    readings = {fact: Reading(value, witness) for fact, value in sets.items()}
+    if sets.get("platform.vendor") == "cpu":
+        without = (fact for fact, spec in catalogue.items() if spec.group == "platform" and fact not in sets)
+        readings |= {fact: Reading(ABSENT, witness, "a cpu") for fact in without}
+    return readings
 
 
 def _devices() -> dict[str, Reading]:

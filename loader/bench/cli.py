@@ -83,8 +83,9 @@ def bench_command(
 ) -> None:
     """Time experts of one layer, routing given, in a CUDA graph; every output is compared with the reference first.
 
-    The floor is the longer of one pass over the touched weights, by a kernel that only reads, and the arithmetic at
-    this device's measured rate.
+    The floor is the longer of one pass over the touched weights and scales, by a kernel that only reads, and the
+    arithmetic at this device's measured rate. Beside the fused layout: the shared slots on their own (apart), settings
+    of a device without a table (counted), and the fused layout with its router before it (layer).
     """
     counts, models, chosen = _numbers(tokens), _models(shape, formats, tp_size), _peers(peers, peers_dir)
     if plot is not None:
@@ -123,12 +124,12 @@ def bench_command(
     type=click.IntRange(min=1),
     default=24,
     show_default=True,
-    help="Settings tried in each round of a search; a third of them with --again.",
+    help="Settings tried in each round of a search; a third of them, four at least, with --again.",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0),
-    help="Stop after so long; what was found is kept, and the next run goes on.",
+    help="Stop after so long; what was found is kept, and without --again the next run goes on.",
 )
 @click.option("--again", is_flag=True, help="Search for what is there too; it stays where nothing is faster beside it.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Another one draws other settings.")
@@ -145,7 +146,7 @@ def tune_command(
     again: bool,
     seed: int,
 ) -> None:
-    """Time settings and keep the best in DIR, one file a device; what is there already is not measured again.
+    """Time settings and keep the best in DIR, one file a device; what is there is measured again with --again only.
 
     Several GPUs of a kind can fill one DIR at once, a command each. Exit 3 where --seconds ended the search before it
     was done.

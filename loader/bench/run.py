@@ -76,7 +76,7 @@ def measure(
         name: capture([probe(*each, block) for each in slots]) for name, block in zip(probes, PROBE_BLOCKS, strict=True)
     }
     contenders["ours"] = capture(fused)
-    contenders["layer"] = _layer(some, references, config)
+    contenders["layer"], of_layer = _layer(some, references, config)
     if counted != config:
         without_table = [ours.call(problem, counted) for problem in some]
         checks.before(without_table, "ours, settings counted")
@@ -90,6 +90,7 @@ def measure(
     for name in ("ours", "counted", "apart"):
         if name in contenders:
             checks.after(contenders[name], f"{name} in a graph")
+    of_layer.require(contenders["layer"].last, checks.allowed, "ours, with its router, in a graph")
     for peer in peers:
         if peer.name in captured:
             _drop_wrong(peer, captured, references[-1], absent)
@@ -135,14 +136,16 @@ class _Checks:
         self.references[-1].require(captured.last, self.allowed, who)
 
 
-def _layer(some: Sequence[Problem], references: Sequence[Reference], config: Config) -> Captured:
-    """The experts behind their router, which may send a token elsewhere than the reference's does."""
+def _layer(some: Sequence[Problem], references: Sequence[Reference], config: Config) -> tuple[Captured, Reference]:
+    """The experts behind their router, which may send tokens elsewhere than the reference's; what the last gives."""
     calls = [ours.layer_call(problem, config) for problem in some]
     rerouted = [ours.rerouted(problem) for problem in some]
-    for problem, other, reference, call in zip(some, rerouted, references, calls, strict=True):
-        right = reference if other is problem else Reference(other)
-        right.require(call(), accuracy(problem.model.format), "ours, with its router")
-    return capture(calls)
+    right = [
+        reference if other is problem else Reference(other)
+        for problem, other, reference in zip(some, rerouted, references, strict=True)
+    ]
+    _Checks(right, accuracy(some[0].model.format)).before(calls, "ours, with its router")
+    return capture(calls), right[-1]
 
 
 def _of_peers(

@@ -120,7 +120,7 @@ def _whole_rounds(replays: int, contenders: int) -> int:
 
 
 def _order(names: Sequence[Key], turn: int) -> Sequence[Key]:
-    """Who comes when; in two turns a name each comes behind each other one equally often.
+    """Who comes when; within turns, twice as many as there are names, each comes behind each other one equally often.
 
     Whoever comes behind a light one finds a cooler device. Source: E. J. Williams, "Experimental designs balanced for
     the estimation of residual effects of treatments", Australian Journal of Scientific Research 2 (1949).
@@ -157,7 +157,7 @@ class Ceilings:
     bf16_flops: float
     """Of a product of two 8192 x 8192 matrices of random numbers."""
     fp8_flops: float
-    """The same of E4M3 numbers; twice the rate of bf16 where torch has no such product here."""
+    """The same of E4M3 numbers, the faster of both ways to accumulate; twice bf16's where torch has no such product."""
 
 
 def ceilings() -> Ceilings:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from loader.bench import ours
+from loader.bench.checks import Reference, accuracy
 from loader.bench.problem import Model, Problem
 from loader.bench.run import layers_of, problems_of
 from loader.bench.shown import Shown
@@ -118,7 +119,7 @@ def _tune_one(
     for shape, some in zip(shapes, _parts(model, problems), strict=True):
         if again or tokens not in table.configs.get(shape, {}):
             searched = tokens in table.configs.get(shape, {})
-            fewer = max(4, most // 3) if searched else most
+            fewer = min(most, max(4, most // 3)) if searched else most
             start = [*_known(table, shape, tokens), *_beside(table, shape, tokens)]
             best = search(some, shape, most=fewer, start=start, seed=seed, done=tried)
             found = Measured(tokens=tokens, microseconds=round(best.microseconds, 3), config=best.config)
@@ -126,12 +127,14 @@ def _tune_one(
     fused = table.configs[model.shape][tokens]
     if not model.n_shared:
         return f"{_name(model, tokens)}: {fused.microseconds:.1f} us"
-    us = in_turns(
-        {
-            "fused": capture([ours.call(problem, fused.config) for problem in problems]),
-            "apart": capture([ours.apart_call(problem, table) for problem in problems]),
-        }
-    )
+    calls = {
+        "fused": [ours.call(problem, fused.config) for problem in problems],
+        "apart": [ours.apart_call(problem, table) for problem in problems],
+    }
+    for reference, *both in zip(map(Reference, problems), *calls.values(), strict=True):
+        for name, call in zip(calls, both, strict=True):
+            reference.require(call(), accuracy(model.format), f"{_name(model, tokens)}, {name}")
+    us = in_turns({name: capture(some) for name, some in calls.items()})
     together, apart = us["fused"].median, us["apart"].median
     _save(path, model.shape, replace(fused, microseconds=round(together, 3), apart_microseconds=round(apart, 3)))
     return f"{_name(model, tokens)}: {together:.1f} us, {apart:.1f} with the shared slots on their own"

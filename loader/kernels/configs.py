@@ -228,8 +228,8 @@ def _tiles(shape: Shape, block_m: int, *, rows: int, wide: bool) -> Tiles:
         warps = block_m // 16
         return Tiles(block_n=128 // rows, block_c=128, warps=warps, stages=4, group=8, tokens_left=True)
     if shape.format == "fp8_block":
-        wide = block_m == 32 and rows == 1
-        return Tiles(block_n=256 if wide else 128 // rows, block_c=128, warps=4, stages=4 - wide, programs=walks)
+        broad = block_m == 32 and rows == 1
+        return Tiles(block_n=256 if broad else 128 // rows, block_c=128, warps=4, stages=4 - broad, programs=walks)
     if shape.format in PACKED and wide:  # what is unpacked goes through shared memory too
         return Tiles(block_n=64 // rows, block_c=128, warps=4, stages=2)
     if shape.format in PACKED and block_m >= LARGE:

@@ -63,7 +63,8 @@ class Table:
         if found.by_pair and tokens > nearest:
             larger = [n for n in sorted(measured) if n > nearest]
             return measured[larger[0]].config if larger else None
-        return None if found.block_m < LARGE and tokens > MOST_STRETCHED * nearest else found
+        is_for_few = found.block_m < LARGE or found.splits > 1
+        return None if is_for_few and tokens > MOST_STRETCHED * nearest else found
 
     def dense_shared_from(self, shape: Shape) -> int | None:
         """Tokens from which on shared slots are faster on their own: of those measured, and at all larger ones.

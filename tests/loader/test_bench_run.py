@@ -184,31 +184,33 @@ def test_each_call_is_compared_to_its_last_row(
         assert found.peers == {} and found.absent == {"stub": "failed: stub is nan off the reference, allowed are 0.02"}
 
 
-@pytest.mark.parametrize("who", ["ours", "stub"])
-def test_what_only_a_graph_gets_wrong_is_seen(bench: Any, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "who"),
+    [(0, "ours in a graph"), (1, "ours, with its router, in a graph"), (2, "counted in a graph"),
+     (3, "apart in a graph"), (4, "stub in a graph")],
+)  # fmt: skip
+def test_what_only_a_graph_gets_wrong_is_seen(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, number: int, who: str
+) -> None:
+    """Of each contender by itself; they are captured in this order, behind the probe."""
     (right,) = peers_of(["torch-grouped_mm"])
-    in_graph = {"ours": lambda call: call, "stub": lambda call: call}
-    in_graph[who] = lambda call: lambda: call() * 1.1
+    shape, captured = model().shape, itertools.count(-1)
+    table = Table(device="NVIDIA H200", versions={})
+    config = replace(default(shape, 3, 1), splits=2)
+    table.configs[shape] = {3: Measured(tokens=3, microseconds=1.0, config=config)}
 
     def capture(calls: Any) -> Graph:
-        name = "stub" if getattr(calls[0], "of_stub", False) else "ours"
-        return Graph([in_graph[name](call) for call in calls])
-
-    def prepare(problem: Problem) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            return made()
-
-        made = right(problem)
-        call.of_stub = True  # type: ignore[attr-defined]
-        return call
+        if next(captured) == number:
+            return Graph([lambda call=call: call() * 1.1 for call in calls])  # type: ignore[misc]
+        return Graph(calls)
 
     monkeypatch.setattr(bench, "capture", capture)
-    if who == "ours":
-        with pytest.raises(BenchError, match=r"^ours in a graph is 0\.\d+ off"):
-            measure(bench, peers=[Stub(prepare)])
+    if number < 4:
+        with pytest.raises(BenchError, match=rf"^{who} is 0\.\d+ off"):
+            measure(bench, table=table, peers=[Stub(right)])
     else:
-        found = measure(bench, peers=[Stub(prepare)])
-        assert found.peers == {} and found.absent["stub"].startswith("failed: stub in a graph is 0.")
+        found = measure(bench, table=table, peers=[Stub(right)])
+        assert found.peers == {} and found.absent["stub"].startswith(f"failed: {who} is 0.")
 
 
 def test_a_router_may_differ_in_a_near_tie_and_not_in_more(bench: Any) -> None:

@@ -70,10 +70,11 @@ def test_what_is_cut_for_few_tokens_is_not_stretched_to_many() -> None:
     """Small blocks read an expert's weights again and again, and parts of a product take memory by the token."""
     made = table(1, 16, 256)
     assert made.config(SHAPE, 1024) is not None and made.config(SHAPE, 1025) is None
-    made.configs[SHAPE][256] = replace(
-        made.configs[SHAPE][256], config=replace(made.configs[SHAPE][256].config, block_m=64)
-    )
-    assert made.config(SHAPE, 100_000) == made.configs[SHAPE][256].config
+    config = replace(made.configs[SHAPE][256].config, block_m=64)
+    for splits, expected in ((1, True), (2, False)):
+        large = replace(config, splits=splits)
+        made.configs[SHAPE][256] = replace(made.configs[SHAPE][256], config=large)
+        assert made.config(SHAPE, 100_000) == (large if expected else None)
 
 
 def test_a_program_of_down_alone_keeps_activations_and_has_nothing_else() -> None:
