@@ -125,7 +125,7 @@ class Report:
             f"{self.device}: copy {c.copy_bytes_per_second / 1e12:.2f} TB/s, bf16 {c.bf16_flops / 1e12:.0f} and "
             f"FP8 {c.fp8_flops / 1e12:.0f} TFLOP/s; microseconds of the experts of one layer; "
             f"counted: fused, without a table; layer: fused, with the router before it\n"
-            f"{'shape':<14} {'tp':>3} {'format':<10} {'tokens':>6} {'floor':>9} {'fused':>9} {'apart':>9} "
+            f"{'shape':<16} {'tp':>3} {'format':<10} {'tokens':>6} {'floor':>9} {'fused':>9} {'apart':>9} "
             f"{'counted':>9} {'x floor':>8} {'layer':>8}"
         )
 
@@ -133,7 +133,7 @@ class Report:
         """One point, with each peer's time and how many times ours it is."""
         apart, counted = ("" if us is None else f"{us:.1f}" for us in (point.ours_apart_us, point.ours_counted_us))
         text = (
-            f"{point.shape:<14} {point.tp:>3} {point.format:<10} {point.tokens:>6} {point.floor_us:>9.1f} "
+            f"{point.shape:<16} {point.tp:>3} {point.format:<10} {point.tokens:>6} {point.floor_us:>9.1f} "
             f"{point.ours_us:>9.1f} {apart:>9} {counted:>9} {point.ours_over_floor:>8.2f} "
             f"{point.layer_us:>8.1f}"
         )
