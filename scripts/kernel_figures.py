@@ -24,12 +24,15 @@ GENERATED = re.compile(
 )
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
+AT_TP8: Mapping[str, Sequence[float]] = {
+    "bf16": (1.3, 1.12, 1.08, 1.05, 1.06, 1.1, 1.4, 1.8),
+    "fp8_block": (1.7, 1.2, 1.1, 1.07, 1.1, 1.3, 2.1, 2.1),
+    "int4_g32": (0.6, 0.6, 0.67, 0.7, 0.67, 0.62, 0.52, 0.54),
+}
 TARGETS: Mapping[tuple[str, int], Mapping[str, Sequence[float]]] = {
-    ("kimi-k2.5", 8): {
-        "bf16": (1.3, 1.12, 1.08, 1.05, 1.06, 1.1, 1.4, 1.8),
-        "fp8_block": (1.7, 1.2, 1.1, 1.07, 1.1, 1.3, 2.1, 2.1),
-        "int4_g32": (0.6, 0.6, 0.67, 0.7, 0.67, 0.62, 0.52, 0.54),
-    },
+    ("kimi-k2.5", 8): AT_TP8,
+    ("deepseek-v3", 8): AT_TP8,
+    ("deepseek-v3", 1): {"bf16": (1.05, 1.03, 1.03, 1.03, 1.04, 1.08, 1.35, 1.25)},
 }
 """What we are after at each of TOKENS: a multiple of the floor, of int4 a share of Marlin's time."""
 SGLANG = "sglang-triton-tuned"
