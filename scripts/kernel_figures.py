@@ -46,16 +46,15 @@ def reports() -> dict[str, Report]:
 
 def points() -> list[Point]:
     """Of all runs that are kept; raises `SystemExit` where two of them have the same one."""
-    of: dict[tuple[str, int, str, int], str] = {}
+    found: dict[tuple[str, int, str, int], tuple[str, Point]] = {}
     for name, report in reports().items():
         for point in report.points:
             key = (point.shape, point.tp, point.format, point.tokens)
-            if key in of:
-                raise SystemExit(
-                    f"{of[key]} and {name} both have {', '.join(map(str, key))} tokens; delete one of them"
-                )
-            of[key] = name
-    return [point for report in reports().values() for point in report.points]
+            if key in found:
+                what = ", ".join(map(str, key))
+                raise SystemExit(f"{found[key][0]} and {name} both have {what} tokens; delete one of them")
+            found[key] = (name, point)
+    return [point for _, point in found.values()]
 
 
 def fresh(page: str) -> str:

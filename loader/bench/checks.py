@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from loader.bench.problem import Problem
+from loader.bench.timing import Captured
 from loader.errors import BenchError
 from loader.kernels.eager import eager
 
@@ -40,3 +43,18 @@ class Reference:
         if not error <= allowed:
             raise BenchError(f"{who} is {error:.3g} off the reference, allowed are {allowed}")
         return error
+
+
+class References:
+    """What a layer should give for several problems: compared with each call, and with the last of a graph."""
+
+    def __init__(self, each: Sequence[Reference]) -> None:
+        self.each = each
+
+    def require(self, calls: Sequence[Callable[[], Tensor]], allowed: float, who: str) -> float:
+        """Run each call of `who`, before they are captured; the largest error."""
+        return max(one.require(call(), allowed, who) for one, call in zip(self.each, calls, strict=True))
+
+    def require_last(self, captured: Captured, allowed: float, who: str) -> None:
+        """After replays: launches overlap in a graph, and memory goes from call to call."""
+        self.each[-1].require(captured.last, allowed, f"{who} in a graph")

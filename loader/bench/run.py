@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import torch
-from torch import Tensor
 
 from loader.bench import ours
-from loader.bench.checks import Reference, accuracy
+from loader.bench.checks import Reference, References, accuracy
 from loader.bench.peers import Peer, Unavailable
 from loader.bench.problem import Model, Problem, problems, random_experts
 from loader.bench.report import Point, first_line
 from loader.bench.timing import Captured, Ceilings, capture, in_turns, probe, settle
 from loader.errors import BenchError
-from loader.kernels.configs import Config
 from loader.kernels.triton_backend import configuration
 from loader.kernels.tuned import Table
 from loader.moe import Experts
@@ -66,34 +64,33 @@ def measure(
     some = problems_of(model, layers, tokens, seed)
     shape, x_TD = model.shape, some[0].x_TD
     config, counted = configuration(shape, x_TD, table), configuration(shape, x_TD, None)
-    references = [Reference(problem) for problem in some]
-    checks = _Checks(references, accuracy(model.format))
-    fused = [ours.call(problem, config) for problem in some]
-    error = checks.before(fused, "ours")
+    allowed, right = accuracy(model.format), References([Reference(problem) for problem in some])
     slots = [(list(p.experts.parameters()), p.topk_ids_TK.unique()) for p in some]
     probes = [f"probe of {block} words" for block in PROBE_BLOCKS]
     contenders = {
         name: capture([probe(*each, block) for each in slots]) for name, block in zip(probes, PROBE_BLOCKS, strict=True)
     }
+    fused = [ours.call(problem, config) for problem in some]
+    error = right.require(fused, allowed, "ours")
     contenders["ours"] = capture(fused)
-    contenders["layer"], of_layer = _layer(some, references, config)
+    layer, right_of_layer = [ours.layer_call(problem, config) for problem in some], _rerouted(some, right)
+    right_of_layer.require(layer, allowed, "ours, with its router")
+    contenders["layer"] = capture(layer)
     if counted != config:
         without_table = [ours.call(problem, counted) for problem in some]
-        checks.before(without_table, "ours, settings counted")
+        right.require(without_table, allowed, "ours, settings counted")
         contenders["counted"] = capture(without_table)
     if model.n_shared:
         apart = [ours.apart_call(problem, table) for problem in some]
-        checks.before(apart, "ours, apart")
+        right.require(apart, allowed, "ours, apart")
         contenders["apart"] = capture(apart)
-    captured, absent = _of_peers(peers, some, references)
+    captured, absent = _of_peers(peers, some, right)
     us = in_turns(contenders | captured)
     for name in ("ours", "counted", "apart"):
         if name in contenders:
-            checks.after(contenders[name], f"{name} in a graph")
-    of_layer.require(contenders["layer"].last, checks.allowed, "ours, with its router, in a graph")
-    for peer in peers:
-        if peer.name in captured:
-            _drop_wrong(peer, captured, references[-1], absent)
+            right.require_last(contenders[name], allowed, name)
+    right_of_layer.require_last(contenders["layer"], allowed, "ours, with its router,")
+    _drop_wrong(peers, captured, right, absent)
     memory = min(us[name].median for name in probes)
     rate = limits.fp8_flops if model.format == "fp8_block" else limits.bf16_flops
     k = model.top_k + model.n_shared
@@ -120,36 +117,19 @@ def measure(
     )
 
 
-class _Checks:
-    """Ours beside the references: each call before it is timed, and the last of a graph after its replays."""
-
-    def __init__(self, references: Sequence[Reference], allowed: float) -> None:
-        self.references, self.allowed = references, allowed
-
-    def before(self, calls: Sequence[Callable[[], Tensor]], who: str) -> float:
-        """The largest error."""
-        pairs = zip(self.references, calls, strict=True)
-        return max(reference.require(call(), self.allowed, who) for reference, call in pairs)
-
-    def after(self, captured: Captured, who: str) -> None:
-        """Launches overlap in a graph, and memory goes from call to call."""
-        self.references[-1].require(captured.last, self.allowed, who)
-
-
-def _layer(some: Sequence[Problem], references: Sequence[Reference], config: Config) -> tuple[Captured, Reference]:
-    """The experts behind their router, which may send tokens elsewhere than the reference's; what the last gives."""
-    calls = [ours.layer_call(problem, config) for problem in some]
+def _rerouted(some: Sequence[Problem], right: References) -> References:
+    """What layers with our router should give, which may send tokens elsewhere than the reference's does."""
     rerouted = [ours.rerouted(problem) for problem in some]
-    right = [
-        reference if other is problem else Reference(other)
-        for problem, other, reference in zip(some, rerouted, references, strict=True)
-    ]
-    _Checks(right, accuracy(some[0].model.format)).before(calls, "ours, with its router")
-    return capture(calls), right[-1]
+    return References(
+        [
+            one if other is problem else Reference(other)
+            for problem, other, one in zip(some, rerouted, right.each, strict=True)
+        ]
+    )
 
 
 def _of_peers(
-    peers: Sequence[Peer], some: Sequence[Problem], references: Sequence[Reference]
+    peers: Sequence[Peer], some: Sequence[Problem], right: References
 ) -> tuple[dict[str, Captured], dict[str, str]]:
     """Those that compute what the reference does, and why the others are not among them."""
     captured: dict[str, Captured] = {}
@@ -157,8 +137,7 @@ def _of_peers(
     for peer in peers:
         try:
             calls = [peer(problem) for problem in some]
-            for reference, call in zip(references, calls, strict=True):
-                reference.require(call(), peer.accuracy, peer.name)
+            right.require(calls, peer.accuracy, peer.name)
             captured[peer.name] = capture(calls)
         except Unavailable as reason:
             absent[peer.name] = str(reason)
@@ -168,12 +147,16 @@ def _of_peers(
     return captured, absent
 
 
-def _drop_wrong(peer: Peer, captured: dict[str, Captured], reference: Reference, absent: dict[str, str]) -> None:
-    try:
-        reference.require(captured[peer.name].last, peer.accuracy, f"{peer.name} in a graph")
-    except BenchError as failure:
-        del captured[peer.name]
-        absent[peer.name] = f"failed: {first_line(failure)}"
+def _drop_wrong(
+    peers: Sequence[Peer], captured: dict[str, Captured], right: References, absent: dict[str, str]
+) -> None:
+    for peer in peers:
+        try:
+            if peer.name in captured:
+                right.require_last(captured[peer.name], peer.accuracy, peer.name)
+        except BenchError as failure:
+            del captured[peer.name]
+            absent[peer.name] = f"failed: {first_line(failure)}"
 
 
 def points(

@@ -102,7 +102,9 @@ class Beside:
     """Times one after the other, each in turns with the first, and so as if the clock had never changed."""
 
     def __init__(self, replays: int = 4) -> None:
-        self.replays, self._first, self._us = replays, None, 0.0  # type: int, Captured | None, float
+        self.replays = replays
+        self._first: Captured | None = None
+        self._us = 0.0
 
     def microseconds(self, calls: Sequence[Callable[[], object]]) -> float:
         """Of one of these calls; raises what they raise."""

@@ -10,11 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from loader.bench import ours
 from loader.bench.candidates import candidates, fewer_registers, some_tiles, with_tiles
-from loader.bench.checks import Reference, accuracy
+from loader.bench.checks import Reference, References, accuracy
 from loader.bench.problem import Problem
 from loader.bench.report import first_line
 from loader.bench.timing import Beside, capture, in_turns, settle
@@ -63,7 +61,7 @@ def search(
     device, tokens = problems[0].x_TD.device, len(problems[0].x_TD)
     draw = random.Random(seed)
     times: dict[Config, float] = {}
-    reason, timer, references = "", Beside(), [Reference(problem) for problem in problems]
+    reason, timer, right = "", Beside(), References([Reference(problem) for problem in problems])
     allowed = accuracy(shape.format)
 
     def round_of(configs: Iterable[Config]) -> Config:
@@ -73,7 +71,7 @@ def search(
         for config in fresh:
             try:
                 calls = [ours.call(problem, config) for problem in problems]
-                references[0].require(calls[0](), allowed, "it")
+                right.each[0].require(calls[0](), allowed, "it")
                 times[config] = timer.microseconds(calls)
             except Exception as error:  # noqa: BLE001  # Triton has one for each way a kernel can be too large
                 log.debug("%s does not run: %s", config, error)
@@ -95,7 +93,7 @@ def search(
         if not ran:
             raise BenchError(f"of {len(times)} configurations none is right for {shape} with {tokens} tokens")
         finalists = dict.fromkeys([*ran[:FINALISTS], *(config for config in start[:1] if config in ran)])
-        finals = _finals(problems, references, finalists, allowed)
+        finals = _finals(problems, right, finalists, allowed)
         times |= dict.fromkeys(finalists.keys() - finals.keys(), math.inf)
     best = min(finals, key=lambda config: finals[config])
     if start and start[0] in finals and finals[start[0]] <= finals[best] * (1 + LUCK):
@@ -105,24 +103,25 @@ def search(
 
 
 def _finals(
-    problems: Sequence[Problem], references: Sequence[Reference], finalists: Iterable[Config], allowed: float
+    problems: Sequence[Problem], right: References, finalists: Iterable[Config], allowed: float
 ) -> dict[Config, float]:
     """Microseconds, side by side, of those that are right in all calls and in the last of a graph after its replays."""
     captured = {}
     for config in finalists:
         calls = [ours.call(problem, config) for problem in problems]
-        if all(
-            _is_right(reference, call(), allowed, config) for reference, call in zip(references, calls, strict=True)
-        ):
+        if _passes(right.require, calls, allowed, str(config)):
             captured[config] = capture(calls)
     readings = in_turns(captured) if captured else {}
-    right = (config for config in captured if _is_right(references[-1], captured[config].last, allowed, config))
-    return {config: readings[config].median for config in right}
+    return {
+        config: readings[config].median
+        for config in captured
+        if _passes(right.require_last, captured[config], allowed, str(config))
+    }
 
 
-def _is_right(reference: Reference, actual: Tensor, allowed: float, config: Config) -> bool:
+def _passes(require: Callable[..., object], *given: Any) -> bool:
     try:
-        reference.require(actual, allowed, str(config))
+        require(*given)
     except BenchError as error:
         log.warning("%s", error)
         return False

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from loader.bench import ours
-from loader.bench.checks import Reference, accuracy
+from loader.bench.checks import Reference, References, accuracy
 from loader.bench.problem import Model, Problem
 from loader.bench.run import layers_of, problems_of
 from loader.bench.shown import Shown
@@ -18,7 +18,7 @@ from loader.bench.timing import capture, in_turns
 from loader.bench.tune import search
 from loader.errors import TableError
 from loader.kernels.configs import KINDS, Config, Shape, misfit
-from loader.kernels.tuned import Measured, Table, file_name, find_table, to_change
+from loader.kernels.tuned import Measured, Table, file_name, table_at, to_change
 
 
 def tune(
@@ -37,9 +37,10 @@ def tune(
     With `again` for what it has, too, which stays unless something is faster beside it; another `seed` draws others.
     False, and a line says so, where `until` passed before all of it was done.
     """
-    path = folder / file_name(torch.cuda.get_device_name())
+    device = torch.cuda.get_device_name()
+    path = folder / file_name(device)
     for model in models:
-        table = _read(path)
+        table = table_at(path, device)
         left = [count for count in tokens if again or not _is_complete(table, model, count)]
         if not left:
             shown.say(f"{model.name} tp {model.tp_size} {model.format}: all of it is in {path}")
@@ -47,7 +48,8 @@ def tune(
         _require_same_versions(table, path)
         layers = layers_of(model, "cuda", 0)
         for count in left:
-            if not again and _is_complete(_read(path), model, count):
+            table = table_at(path, device)
+            if not again and _is_complete(table, model, count):
                 shown.found()  # by another process, meanwhile
                 continue
             if until is not None and time.monotonic() > until:
@@ -56,16 +58,11 @@ def tune(
                 return False
             shown.point(_name(model, count))
             some = problems_of(model, layers, count, 0)
-            shown.say(_tune_one(path, model, some, most, again, seed, shown.tried))
+            shown.say(_tune_one(path, table, model, some, most, again, seed, shown.tried))
             shown.found()
         del layers
         torch.cuda.empty_cache()
     return True
-
-
-def _read(path: Path) -> Table:
-    device = torch.cuda.get_device_name()
-    return find_table(device, path.parent) or Table(device=device, versions={})
 
 
 def _versions() -> dict[str, str]:
@@ -107,6 +104,7 @@ def _name(model: Model, tokens: int) -> str:
 
 def _tune_one(
     path: Path,
+    table: Table,
     model: Model,
     problems: Sequence[Problem],
     most: int,
@@ -115,10 +113,9 @@ def _tune_one(
     tried: Callable[[], None],
 ) -> str:
     shapes, tokens = _shapes(model), len(problems[0].x_TD)
-    table = _read(path)
     for shape, some in zip(shapes, _parts(model, problems), strict=True):
-        if again or tokens not in table.configs.get(shape, {}):
-            searched = tokens in table.configs.get(shape, {})
+        searched = tokens in table.configs.get(shape, {})
+        if again or not searched:
             fewer = min(most, max(4, most // 3)) if searched else most
             start = [*_known(table, shape, tokens), *_beside(table, shape, tokens)]
             best = search(some, shape, most=fewer, start=start, seed=seed, done=tried)
@@ -131,10 +128,10 @@ def _tune_one(
         "fused": [ours.call(problem, fused.config) for problem in problems],
         "apart": [ours.apart_call(problem, table) for problem in problems],
     }
-    for reference, *both in zip(map(Reference, problems), *calls.values(), strict=True):
-        for name, call in zip(calls, both, strict=True):
-            reference.require(call(), accuracy(model.format), f"{_name(model, tokens)}, {name}")
-    us = in_turns({name: capture(some) for name, some in calls.items()})
+    right = References([Reference(problem) for problem in problems])
+    for name, each in calls.items():
+        right.require(each, accuracy(model.format), f"{_name(model, tokens)}, {name}")
+    us = in_turns({name: capture(each) for name, each in calls.items()})
     together, apart = us["fused"].median, us["apart"].median
     _save(path, model.shape, replace(fused, microseconds=round(together, 3), apart_microseconds=round(apart, 3)))
     return f"{_name(model, tokens)}: {together:.1f} us, {apart:.1f} with the shared slots on their own"

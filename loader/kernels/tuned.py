@@ -112,7 +112,7 @@ def to_change(path: Path, device: str) -> Iterator[Table]:
     folder = os.open(path.parent, os.O_RDONLY)  # not the file, which each writing replaces
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        table = read_table(path, device) if path.exists() else Table(device=device, versions={})
+        table = table_at(path, device)
         yield table
         table.save(path)
     finally:
@@ -139,6 +139,11 @@ def find_table(device: str, folder: Path | None = None) -> Table | None:
     """The table of a device in `folder`, the shipped ones by default; None where there is none."""
     path = (folder or SHIPPED) / file_name(device)
     return read_table(path, device) if path.exists() else None
+
+
+def table_at(path: Path, device: str) -> Table:
+    """The table in this file, or a new one."""
+    return read_table(path, device) if path.exists() else Table(device=device, versions={})
 
 
 def read_table(path: Path, device: str | None = None) -> Table:

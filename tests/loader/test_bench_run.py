@@ -64,15 +64,13 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-def of_point(format_name: str) -> tuple[Any, Any]:
-    of = model(format_name)
+def of_point(**other: Any) -> tuple[Any, Any]:
+    of = model(**other)
     return of, [random_experts(of, "cpu", seed) for seed in (0, 1)]
 
 
 def measure(bench: Any, tokens: int = 3, *, table: Table | None = None, peers: Any = (), **other: Any) -> Any:
-    of = model(**other)
-    layers = [random_experts(of, "cpu", seed) for seed in (0, 1)]
-    return bench.measure(of, layers, tokens, limits=CEILINGS, table=table, peers=peers)
+    return bench.measure(*of_point(**other), tokens, limits=CEILINGS, table=table, peers=peers)
 
 
 class Stub:
@@ -95,7 +93,8 @@ def test_a_point_of_each_format(bench: Any, format_name: str, tokens: int) -> No
     assert [len(graph.calls) for graph in bench.in_turns.asked.values()] == [2, 2, 2, 2]
     assert found.spread == 0.1
     assert (
-        found.touched_bytes == sum(map(bench.touched_bytes, bench.problems_of(*of_point(format_name), tokens, 0))) // 2
+        found.touched_bytes
+        == sum(map(bench.touched_bytes, bench.problems_of(*of_point(format_name=format_name), tokens, 0))) // 2
     )
     assert (found.memory_us, found.ours_us, found.layer_us, found.ours_apart_us) == (10.0, 20.0, 30.0, 40.0)
     assert (found.floor_us, found.ours_over_floor) == (10.0, 2.0)
