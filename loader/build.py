@@ -286,7 +286,6 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Sk
             biases=biases,
             n_shared=n_shared,
             dense_shared_from=plan.dense_shared_from,
-            is_part=plan.held is not None,
         )
         homes.update({f"{prefix}.{name}": (made, name) for name, _ in made.named_parameters()})
         return made
@@ -297,8 +296,9 @@ def assemble(plan: LayerPlan, router: RouterConfig, config: ExpertConfig) -> _Sk
     if plan.shared == "separate" and plan.shared_layout is not None:
         shared = SharedExpert(stack("shared", plan.shared_layout, 1, plan.shared_width), gate)
     chooser = _chooser(plan.backend, routing, n_shared, gate)
-    if plan.held is not None:
-        chooser = LocalRouter(chooser, plan.held, plan.n_routed, plan.shared_weight)
+    if plan.is_part:
+        chooser = LocalRouter(chooser, plan.routed_here, plan.n_routed, plan.shared_weight)
+        experts.is_part = True
     layer = MoELayer(index=plan.index, name=plan.name, router=chooser, experts=experts, shared=shared)
     skeleton = _Skeleton(layer, plan, {base + name: home for name, home in homes.items()})
     declared = {name: (tuple(p.shape), p.dtype) for name in skeleton.homes for p in [skeleton.parameter(name)]}

@@ -125,13 +125,13 @@ class Experts(nn.Module):
         biases: Mapping[str, torch.dtype] = MappingProxyType({}),
         n_shared: int = 0,
         dense_shared_from: int = 0,
-        is_part: bool = False,
     ) -> None:
         """The last `n_shared` of `n_experts` are shared experts' slots: see `ExpertWeights`."""
         super().__init__()
         self.layout, self.kernel = layout, kernel
-        self.n_shared, self.dense_shared_from, self.is_part = n_shared, dense_shared_from, is_part
+        self.n_shared, self.dense_shared_from = n_shared, dense_shared_from
         self.table: Table | None = None
+        self.is_part = False
         self.config = config or ExpertConfig()
         for name, size in (("w13_bias", 2 * width), ("w2_bias", hidden_size)):
             self.register_parameter(name, empty_parameter((n_experts, size), biases[name]) if name in biases else None)

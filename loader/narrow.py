@@ -50,7 +50,7 @@ class Strips:
 
     def __init__(self, plan: LayerPlan, rank: Rank | None, seed: int) -> None:
         self._plan, self._rank = plan, rank
-        self.held = plan.held or (0, plan.n_routed)
+        self.held = plan.routed_here
         self.adds_down_bias = rank is None or rank.adds_down_bias
         self.shared_weight = plan.shared_weight
         self.shared_slots = plan.n_shared if plan.shared == "slot" else 0

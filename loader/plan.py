@@ -187,9 +187,19 @@ class LayerPlan:
         return None if self.shared_layout is None else self.shared_layout.name
 
     @property
+    def routed_here(self) -> Span:
+        """Routed experts in the stack: (192, 384)."""
+        return self.held or (0, self.n_routed)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether other ranks have routed experts that this stack has not."""
+        return self.routed_here != (0, self.n_routed)
+
+    @property
     def n_slots(self) -> int:
         """Experts in the stack: routed ones and fused shared ones."""
-        first, last = self.held or (0, self.n_routed)
+        first, last = self.routed_here
         return last - first + (self.n_shared if self.shared == "slot" else 0)
 
     @property

@@ -59,7 +59,7 @@ def spots_of(
     Of tensors that are saved transposed it is a column of the slot, which is a row of the file.
     """
     slices, place = (rank.moe_tp_size, rank.moe_tp_rank) if rank else (1, 0)
-    first, last = plan.held or (0, plan.n_routed)
+    first, last = plan.routed_here
     mlps: list[tuple[Mlp, int, int]] = [(_all_of(tensors, expert), place, slices) for expert in range(first, last)]
     if plan.shared == "slot" and tensors.shared:
         mlps += [(tensors.shared, slot * slices + place, plan.n_shared * slices) for slot in range(plan.n_shared)]

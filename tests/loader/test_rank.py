@@ -14,6 +14,7 @@ from loader import PlanError, build, verify
 from loader.accounts import Ledger
 from loader.checkpoint import DTYPES
 from loader.costs import rank_bytes
+from loader.local_router import LocalRouter
 from loader.plan import LayerPlan
 from loader.planner import build_plan, runner_layers
 from loader.rank import plan_of_rank
@@ -82,10 +83,15 @@ def test_the_outputs_of_all_ranks_add_up(
     plan, index = planned(made(**CASES[case], **WIDE), on, slots_of(case))
     x_TD = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
     whole = build(plan, index)[0](x_TD)
-    parts = [build(plan_of_rank(plan, rank, tp_size, ep_size), index)[0](x_TD) for rank in range(tp_size)]
+    layers = [build(plan_of_rank(plan, rank, tp_size, ep_size), index)[0] for rank in range(tp_size)]
+    parts = [layer(x_TD) for layer in layers]
     # Sums of 256 products in float32, in another order.
     torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-5)
     assert tp_size == 1 or not torch.allclose(parts[0], whole, rtol=1e-2)
+    # Only of a part of the experts has a token slots on other ranks; a slice of all of them needs no local numbers.
+    assert {isinstance(layer.router, LocalRouter) for layer in layers} == {ep_size > 1}
+    assert {layer.experts.is_part for layer in layers} == {ep_size > 1}
+    assert not any(layer.shared.experts.is_part for layer in layers if layer.shared is not None)
 
 
 @pytest.mark.parametrize(("tp_size", "ep_size"), [(1, 1), (2, 1), (4, 1), (4, 2), (4, 4)])
