@@ -97,19 +97,21 @@ def bench_command(
     from loader.bench.report import Report, draw
     from loader.bench.run import points
     from loader.bench.timing import ceilings
+    from loader.bench.turn import Turn
 
-    limits = ceilings()
     # What decides the figures, and no paths: those are of this machine alone.
     asked = {"--shape": shape, "--tp": str(tp_size), "--format": formats, "--tokens": tokens, "--peers": peers}
     asked |= {"--tables": "DIR"} if tables is not None else {}
     command = [word for option, value in asked.items() if value for word in (option, value)]
-    report = Report.started(limits, " ".join(["moe-loader", "bench", *command]))
-    click.echo(report.heading())
-    for point in points(models, counts, limits=limits, table=table, peers=chosen):
-        report.points.append(point)
-        click.echo(report.line(point))
-        if json_file is not None:  # after each, so that a run that is cut short has what it measured
-            report.save(json_file)
+    with Turn.of_device() as turn:
+        limits = ceilings()
+        report = Report.started(limits, " ".join(["moe-loader", "bench", *command]))
+        click.echo(report.heading())
+        for point in points(models, counts, limits=limits, table=table, peers=chosen, left=turn.left):
+            report.points.append(point)
+            click.echo(report.line(point))
+            if json_file is not None:  # after each, so that a run that is cut short has what it measured
+                report.save(json_file)
     for line in report.notes():
         click.echo(line)
     if plot is not None:
@@ -148,19 +150,30 @@ def tune_command(
 ) -> None:
     """Time settings and keep the best in DIR, one file a device; what is there is measured again with --again only.
 
-    Several GPUs of a kind can fill one DIR at once, a command each. Exit 3 where --seconds ended the search before it
+    Several commands can fill one DIR at once, on GPUs of a kind or in turns on one. Exit 3 where --seconds ended the search before it
     was done.
     """
     counts, models = _numbers(tokens), _models(shape, formats, tp_size)
     _require_gpu()
     from loader.bench.shown import shown
     from loader.bench.tuning import tune
+    from loader.bench.turn import Turn
     from loader.kernels.tuned import SHIPPED
 
     until = None if seconds is None else time.monotonic() + seconds
-    with shown(len(models) * len(counts)) as bar:
-        folder = tables or SHIPPED
-        complete = tune(models, counts, folder=folder, most=most, until=until, shown=bar, again=again, seed=seed)
+    folder = tables or SHIPPED
+    with Turn.of_device() as turn, shown(len(models) * len(counts)) as bar:
+        complete = tune(
+            models,
+            counts,
+            folder=folder,
+            most=most,
+            until=until,
+            shown=bar,
+            again=again,
+            seed=seed,
+            left=turn.left,
+        )
     context.exit(0 if complete else INCOMPLETE)
 
 

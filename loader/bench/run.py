@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
 
 from loader.bench import ours
 from loader.bench.checks import Reference, References, accuracy
+from loader.bench.compiling import compile_all
 from loader.bench.peers import Peer, Unavailable
 from loader.bench.problem import Model, Problem, problems, random_experts
 from loader.bench.report import Point, first_line
 from loader.bench.timing import Captured, Ceilings, capture, in_turns, probe, settle
+from loader.bench.turn import Left
 from loader.errors import BenchError
+from loader.kernels.configs import KINDS, Config
 from loader.kernels.triton_backend import configuration
 from loader.kernels.tuned import Table
 from loader.moe import Experts
@@ -117,6 +121,18 @@ def measure(
     )
 
 
+def _configurations(problem: Problem, table: Table | None) -> list[tuple[Problem, Config]]:
+    """What `measure` times of ours for this number of tokens, together and apart."""
+    shape, x_TD, n_shared = problem.model.shape, problem.x_TD, problem.model.n_shared
+    found = [(problem, configuration(shape, x_TD, table)), (problem, configuration(shape, x_TD, None))]
+    if n_shared:
+        routed, shared = problem.halves()
+        found.append((routed, configuration(shape.routed(n_shared), x_TD, table)))
+        if KINDS[shape.format] != "plain":  # whose shared slots are torch's products
+            found.append((shared, configuration(shape.shared(n_shared), x_TD, table)))
+    return found
+
+
 def _rerouted(some: Sequence[Problem], right: References) -> References:
     """What layers with our router should give, which may send tokens elsewhere than the reference's does."""
     rerouted = [ours.rerouted(problem) for problem in some]
@@ -167,10 +183,18 @@ def points(
     table: Table | None,
     peers: Sequence[Peer] = (),
     seed: int = 0,
+    left: Left = nullcontext,
 ) -> Iterator[Point]:
-    """All points, each when it is there; weights are made once a model."""
+    """All points, each when it is there; weights are made once a model, and ours compiled for all numbers of tokens.
+
+    While that is compiled, others may have the device (`left`).
+    """
     for model in models:
         layers = layers_of(model, "cuda", seed)
+        calls = [problems(model, layers[:1], count, seed)[0] for count in tokens]
+        with left():
+            compile_all(each for problem in calls for each in _configurations(problem, table))
+        del calls
         for count in tokens:
             yield measure(model, layers, count, limits=limits, table=table, peers=peers, seed=seed)
         del layers

@@ -6,16 +6,18 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from loader.bench import ours
 from loader.bench.candidates import candidates, fewer_registers, some_tiles, with_tiles
 from loader.bench.checks import Reference, References, accuracy
+from loader.bench.compiling import compile_all
 from loader.bench.problem import Problem
 from loader.bench.report import first_line
 from loader.bench.timing import Beside, capture, in_turns, settle
+from loader.bench.turn import Left
 from loader.errors import BenchError
 from loader.kernels.configs import Config, Shape
 from loader.kernels.triton_device import is_nvidia
@@ -25,8 +27,6 @@ from loader.kernels.tuned import LUCK
 log = logging.getLogger(__name__)
 FINALISTS = 4
 """Configurations that are timed again at the end, in turns: of many single readings the least is too good."""
-COMPILERS = 16
-"""Threads that compile; ptxas is a process of its own and LLVM lets go of the interpreter's lock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +49,7 @@ def search(
     start: Sequence[Config] = (),
     seed: int = 0,
     done: Callable[[], None] = lambda: None,
+    left: Left = nullcontext,
 ) -> Best:
     """The fastest configuration for these problems, all of one shape and one number of tokens.
 
@@ -56,7 +57,7 @@ def search(
     gate_up, tiles of down, the latter two drawn where there are more (`some_tiles`). A few with fewer registers follow.
     The first call of each is compared with the reference; `done` is called after each. The best are then timed again,
     side by side, all their calls compared, and the first of `start` with them, which stays unless beaten by `LUCK`.
-    Raises `BenchError` where none runs, or none is right.
+    While it compiles, others may have the device (`left`). Raises `BenchError` where none runs, or none is right.
     """
     device, tokens = problems[0].x_TD.device, len(problems[0].x_TD)
     draw = random.Random(seed)
@@ -67,7 +68,8 @@ def search(
     def round_of(configs: Iterable[Config]) -> Config:
         nonlocal reason
         fresh = [config for config in dict.fromkeys(configs) if config not in times]
-        _compile(problems[0], fresh)
+        with left():
+            compile_all((problems[0], config) for config in fresh)
         for config in fresh:
             try:
                 calls = [ours.call(problem, config) for problem in problems]
@@ -126,20 +128,3 @@ def _passes(require: Callable[..., object], *given: Any) -> bool:
         log.warning("%s", error)
         return False
     return True
-
-
-def _compile(problem: Problem, configs: Sequence[Config]) -> None:
-    """Into Triton's cache, side by side; what fails there fails again, one by one, when it is to be timed."""
-    import triton
-
-    from loader.kernels.triton_device import overlapping
-
-    def warm_up(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        kernel.warmup(*arguments, grid=grid, **options, **overlapping(arguments[0].device))
-
-    with (
-        ThreadPoolExecutor(COMPILERS) as pool,
-        triton.AsyncCompileMode(pool, ignore_errors=True),
-    ):
-        for config in configs:
-            ours.call(problem, config, launch=warm_up)()

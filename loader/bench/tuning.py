@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +18,8 @@ from loader.bench.problem import Model, Problem
 from loader.bench.run import layers_of, problems_of
 from loader.bench.shown import Shown
 from loader.bench.timing import capture, in_turns
-from loader.bench.tune import search
+from loader.bench.tune import Best, search
+from loader.bench.turn import Left
 from loader.errors import TableError
 from loader.kernels.configs import KINDS, Config, Shape, misfit
 from loader.kernels.tuned import Measured, Table, file_name, table_at, to_change
@@ -31,23 +35,26 @@ def tune(
     shown: Shown,
     again: bool = False,
     seed: int = 0,
+    left: Left = nullcontext,
 ) -> bool:
     """Search for whatever of `models` and `tokens` the device's table in `folder` has not, and save after each find.
 
     With `again` for what it has, too, which stays unless something is faster beside it; another `seed` draws others.
+    While something is compiled, others may have the device (`left`).
     False, and a line says so, where `until` passed before all of it was done.
     """
     device = torch.cuda.get_device_name()
     path = folder / file_name(device)
+    find = partial(search, seed=seed, done=shown.tried, left=left)
     for model in models:
         table = table_at(path, device)
-        left = [count for count in tokens if again or not _is_complete(table, model, count)]
-        if not left:
+        missing = [count for count in tokens if again or not _is_complete(table, model, count)]
+        if not missing:
             shown.say(f"{model.name} tp {model.tp_size} {model.format}: all of it is in {path}")
             continue
         _require_same_versions(table, path)
         layers = layers_of(model, "cuda", 0)
-        for count in left:
+        for count in missing:
             table = table_at(path, device)
             if not again and _is_complete(table, model, count):
                 shown.found()  # by another process, meanwhile
@@ -58,7 +65,7 @@ def tune(
                 return False
             shown.point(_name(model, count))
             some = problems_of(model, layers, count, 0)
-            shown.say(_tune_one(path, table, model, some, most, again, seed, shown.tried))
+            shown.say(_tune_one(path, table, model, some, most, again, find))
             shown.found()
         del layers
         torch.cuda.empty_cache()
@@ -109,16 +116,15 @@ def _tune_one(
     problems: Sequence[Problem],
     most: int,
     again: bool,
-    seed: int,
-    tried: Callable[[], None],
+    find: Callable[..., Best],
 ) -> str:
     shapes, tokens = _shapes(model), len(problems[0].x_TD)
     for shape, some in zip(shapes, _parts(model, problems), strict=True):
         searched = tokens in table.configs.get(shape, {})
         if again or not searched:
             fewer = min(most, max(4, most // 3)) if searched else most
-            start = [*_known(table, shape, tokens), *_beside(table, shape, tokens)]
-            best = search(some, shape, most=fewer, start=start, seed=seed, done=tried)
+            start = [*_known(table, shape, tokens)[:most], *_beside(table, shape, tokens)]
+            best = find(some, shape, most=fewer, start=start)
             found = Measured(tokens=tokens, microseconds=round(best.microseconds, 3), config=best.config)
             table = _save(path, shape, found)
     fused = table.configs[model.shape][tokens]
@@ -138,10 +144,16 @@ def _tune_one(
 
 
 def _known(table: Table, shape: Shape, tokens: int) -> list[Config]:
-    """What won for as many tokens, once each, its own first, then other stacks'."""
-    others = (each for each in table.configs if each != shape and each.format == shape.format)
-    won = (table.configs[each][tokens].config for each in (shape, *others) if tokens in table.configs.get(each, {}))
+    """What won for as many tokens, once each, its own first, then other stacks', the most alike before others."""
+    have = [each for each in table.configs if each.format == shape.format and tokens in table.configs[each]]
+    have.sort(key=lambda each: [abs(math.log(a / b)) for a, b in zip(_sizes(each), _sizes(shape), strict=True)])
+    won = (table.configs[each][tokens].config for each in have)
     return [config for config in dict.fromkeys(won) if not misfit(config, shape)]
+
+
+def _sizes(shape: Shape) -> tuple[int, int, float]:
+    """What decides about tiles, first what decides more: the sizes of an expert, then its share of the tokens."""
+    return shape.width, shape.hidden_size, shape.top_k / shape.n_slots
 
 
 def _beside(table: Table, shape: Shape, tokens: int) -> list[Config]:

@@ -142,6 +142,7 @@ def test_a_table_that_can_not_be_used_is_refused_before_anything_is_measured(
 def test_a_bench_that_is_cut_short_has_what_it_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from loader.bench import run as bench
     from loader.bench import timing
+    from loader.bench.turn import Turn
 
     def points(*_: object, **__: object) -> object:
         yield point(tokens=1, absent={"marlin": "needs sm80"})
@@ -155,6 +156,7 @@ def test_a_bench_that_is_cut_short_has_what_it_measured(monkeypatch: pytest.Monk
         (cli, "_table", lambda folder: None),
         (torch.cuda, "get_device_name", lambda: DEVICE),
         (timing, "ceilings", lambda: CEILINGS),
+        (Turn, "of_device", lambda: Turn(tmp_path / "lock")),
         (bench, "points", points),
     ]
     for owner, name, stand_in in replaced:

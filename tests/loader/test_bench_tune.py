@@ -6,7 +6,8 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from loader.bench.candidates import candidates
 from loader.bench.problem import Model, problems, random_experts
 from loader.bench.shown import Shown, shown
 from loader.bench.timing import Reading
+from loader.bench.turn import Turn
 from loader.errors import BenchError, TableError
 from loader.kernels.configs import Config, Shape, Tiles, default
 from loader.kernels.tuned import Measured, Table, file_name, read_table, to_change
@@ -83,7 +85,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`loader.bench.tune`, in which a call is its configuration, and compiling is nothing."""
     from loader.bench import tune
 
-    monkeypatch.setattr(tune, "_compile", lambda problem, configs: None)
+    monkeypatch.setattr(tune, "compile_all", list)
     monkeypatch.setattr(tune, "Reference", Right)
     monkeypatch.setattr(tune, "capture", lambda calls: SimpleNamespace(last=calls[-1]()))
     monkeypatch.setattr(tune.ours, "call", lambda problem, config: Call(config, lambda _: 1.0))
@@ -303,7 +305,15 @@ class Searches:
         self.path = Path()
 
     def __call__(
-        self, some: Any, shape: Shape, *, most: int, start: list[Config], seed: int, done: Callable[[], None]
+        self,
+        some: Any,
+        shape: Shape,
+        *,
+        most: int,
+        start: list[Config],
+        seed: int,
+        done: Callable[[], None],
+        left: Any,
     ) -> Any:
         from loader.bench.tune import Best
 
@@ -379,6 +389,46 @@ def test_plain_shared_experts_are_torchs_products_and_have_no_settings(run: Call
     assert table(tmp_path).configs[of.shape][16].apart_microseconds == 25.5
     assert said == ["small tp 1 bf16, 16 tokens: 20.5 us, 25.5 with the shared slots on their own"]
     assert run([of], [16])[2].of == []
+
+
+def test_stacks_most_alike_come_first_and_no_more_than_asked(run: Callable[..., Any], tmp_path: Path) -> None:
+    others = [model(n_shared=0, n_routed=12 + n) for n in range(12)]
+    run([model(n_shared=0, width=64), *reversed(others)], [16])
+    some = read_table(tmp_path / file_name(DEVICE))
+    for n, each in enumerate(others):  # else all of them have won with the same
+        known = some.configs[each.shape][16]
+        gate_up = replace(known.config.gate_up, group=1 + n)
+        some.configs[each.shape][16] = replace(known, config=replace(known.config, gate_up=gate_up))
+    some.save(tmp_path / file_name(DEVICE))
+    of = model(n_shared=0)
+    _, _, searches = run([of], [16])
+    assert searches.starts == [[some.configs[each.shape][16].config for each in others[:9]]]
+
+
+def test_others_have_the_device_while_a_search_compiles(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, bench, Clock(lambda config: 1.0))
+    is_left = [False]
+
+    @contextmanager
+    def left() -> Iterator[None]:
+        is_left[0] = True
+        yield
+        is_left[0] = False
+
+    def compile_all(wanted: Any) -> None:
+        assert is_left[0]
+        compiled.extend(config for _, config in wanted)
+
+    def called(problem: Any, config: Config) -> Call:
+        assert not is_left[0]
+        assert config in compiled
+        return Call(config, lambda _: 1.0)
+
+    compiled: list[Config] = []
+    monkeypatch.setattr(bench, "compile_all", compile_all)
+    monkeypatch.setattr(bench.ours, "call", called)
+    best = bench.search(one_problem(2048), SHAPE, most=6, left=left)
+    assert best.tried == len(compiled)
 
 
 def test_a_model_without_shared_experts_is_one_stack(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -546,6 +596,7 @@ def test_the_command_says_by_its_status_whether_it_was_done(
 
     monkeypatch.setattr(tuning, "tune", tune)
     monkeypatch.setattr(cli, "_require_gpu", lambda: None)
+    monkeypatch.setattr(Turn, "of_device", lambda: Turn(tmp_path / "lock"))
     arguments = ["--shape", "kimi-k2.5", "--tp", "8", "--format", "bf16,mxfp4", "--tokens", "1, 16"]
     done = CliRunner().invoke(
         cli.tune_command,

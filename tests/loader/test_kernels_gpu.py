@@ -167,6 +167,27 @@ def test_a_scale_beyond_the_assembly_is_loud_and_one_of_nothing_nothing(device: 
     assert not by_group[:, 5:].isfinite().any()
 
 
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_what_was_compiled_ahead_is_not_compiled_again(device: str, format_name: str) -> None:
+    from loader.bench import ours
+    from loader.bench.compiling import compile_all
+    from loader.kernels.triton_down import down
+    from loader.kernels.triton_gate_up import gate_up
+
+    model = replace(Model.of("glm-4.5", format_name, 1), n_routed=9)  # sizes that no other test has
+    problem = problems(model, [random_experts(model, device, 0)], 48, 1)[0]
+    config = default(model.shape, 48, 132)
+
+    def compiled() -> int:
+        return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in (gate_up, down))
+
+    before = compiled()
+    compile_all([(problem, config)])
+    assert compiled() == before + 2
+    ours.call(problem, config)()
+    assert compiled() == before + 2
+
+
 def test_a_graph_of_calls_gives_what_calls_give(device: str) -> None:
     """Launches that overlap, and memory that one call hands to the next, inside a CUDA graph."""
     from loader.bench import ours
