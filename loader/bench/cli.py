@@ -150,8 +150,8 @@ def tune_command(
 ) -> None:
     """Time settings and keep the best in DIR, one file a device; what is there is measured again with --again only.
 
-    Several commands can fill one DIR at once, on GPUs of a kind or in turns on one. Exit 3 where --seconds ended the search before it
-    was done.
+    Several commands can fill one DIR at once, on GPUs of a kind or in turns on one. Exit 3 where --seconds ended the
+    search before it was done.
     """
     counts, models = _numbers(tokens), _models(shape, formats, tp_size)
     _require_gpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,8 +11,9 @@ from loader.bench import ours
 from loader.bench.problem import Problem
 from loader.kernels.configs import Config
 
-COMPILERS = 16
-"""Threads that compile; ptxas is a process of its own and LLVM lets go of the interpreter's lock."""
+COMPILERS = max(2, (os.cpu_count() or 4) - 2)
+"""Threads that compile; ptxas is a process of its own and LLVM lets go of the interpreter's lock. Whoever times
+something meanwhile has the processors that are left."""
 
 
 def compile_all(wanted: Iterable[tuple[Problem, Config]]) -> None:
