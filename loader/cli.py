@@ -391,6 +391,8 @@ def _say(decisions: Decisions, lines: Iterator[str]) -> None:
         by = f" ({decision.decided_by})" if decision.decided_by else ""
         state = decision.option if decision.state == "on" and decision.option else decision.state
         click.echo(f"  {decision.feature}: {state}{by}" + (f" {decision.reason}" if decision.reason else ""))
+        if decision.degraded:
+            click.echo(f"    degraded: {decision.degraded}")
     for line in lines:
         click.echo(line)
 

@@ -16,6 +16,7 @@ SIZES = {
     "width": "moe.shard_width",
     "top_k": "model.num_experts_per_tok",
 }
+ONE_RANK = Reading(1, "moe-loader, which loads all of each layer where no division is set")
 
 
 def read_facts(
@@ -35,15 +36,22 @@ def read_facts(
 
 
 def joined(checkpoint: CheckpointReading, *, tables: Path | None, **how: Any) -> Facts:
-    """`gatekeeper.join` of a checkpoint, how it is loaded, and `measured_facts`."""
+    """`gatekeeper.join` of a checkpoint, how it is loaded, and what the loader says of itself.
+
+    That is `ONE_RANK` where nobody has chosen another division, and `measured_facts`.
+    """
     facts = join(checkpoint, **how)
+    own: dict[str, Reading] = {}
+    if "parallel.tp_size" not in facts.values and facts.values.get("parallel.ep_size") == 1:
+        own = {"parallel.tp_size": ONE_RANK}
+        facts = join(checkpoint, engine=own, **how)
     if not isinstance(facts.values.get("platform.device_name"), str):
         return facts
     # Which settings were measured depends on the sizes, which are facts: they are joined once more.
-    return join(checkpoint, engine=measured_facts(facts, tables), **how)
+    return join(checkpoint, engine=own | measured_facts(facts, tables), **how)
 
 
-def measured_facts(facts: Facts, tables: Path | None = None) -> Mapping[str, Reading]:
+def measured_facts(facts: Facts, tables: Path | None = None) -> dict[str, Reading]:
     """`engine.tuned_config_routed`, `engine.tuned_config_fused` and `engine.dense_shared_from`, as far as known.
 
     They are of the stacks that one rank of `facts` has, on the device of `facts`, by the tables in a folder (None: the

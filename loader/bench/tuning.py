@@ -21,7 +21,7 @@ from loader.bench.timing import capture, in_turns
 from loader.bench.tune import Best, search
 from loader.bench.turn import Left
 from loader.errors import TableError
-from loader.kernels.configs import KINDS, Config, Shape, misfit
+from loader.kernels.configs import KINDS, PACKED, Config, Shape, misfit
 from loader.kernels.tuned import Measured, Table, file_name, table_at, to_change
 
 
@@ -144,9 +144,18 @@ def _tune_one(
 
 
 def _known(table: Table, shape: Shape, tokens: int) -> list[Config]:
-    """What won for as many tokens, once each, its own first, then other stacks', the most alike before others."""
-    have = [each for each in table.configs if each.format == shape.format and tokens in table.configs[each]]
-    have.sort(key=lambda each: [abs(math.log(a / b)) for a, b in zip(_sizes(each), _sizes(shape), strict=True)])
+    """What won for as many tokens, once each, its own first, then other stacks', the most alike before others.
+
+    Packed formats differ in what is unpacked, and hardly in which tiles are good.
+    """
+    alike = PACKED if shape.format in PACKED else {shape.format}
+
+    def unlike(each: Shape) -> tuple[float, ...]:
+        return *(abs(math.log(a / b)) for a, b in zip(_sizes(each), _sizes(shape), strict=True)), each != shape
+
+    have = sorted(
+        (each for each in table.configs if each.format in alike and tokens in table.configs[each]), key=unlike
+    )
     won = (table.configs[each][tokens].config for each in have)
     return [config for config in dict.fromkeys(won) if not misfit(config, shape)]
 

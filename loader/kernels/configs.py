@@ -127,6 +127,10 @@ def default(
     is_short = down.strips < LEAST_STRIPS and not alone
     if is_short or shared_bytes(shape, block_m, 1, replace(down, stages=2), x_bytes) > room:
         down = _tiles(shape, block_m, rows=1, wide=wide)
+        broad = replace(down, block_n=256, stages=4, group=1)
+        fits = shared_bytes(shape, block_m, 1, broad, x_bytes) <= limit and not wide
+        if KINDS[shape.format] == "plain" and block_m > LARGE and fits:
+            down = broad  # so that activations are read half as often
     if block_m >= LARGE and blocks * shape.width < multiprocessors * gate_up.block_n:
         gate_up = replace(gate_up, block_n=gate_up.block_n // 2)
     tiles = blocks * -(-shape.width // gate_up.block_n)

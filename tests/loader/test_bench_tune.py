@@ -405,6 +405,18 @@ def test_stacks_most_alike_come_first_and_no_more_than_asked(run: Callable[..., 
     assert searches.starts == [[some.configs[each.shape][16].config for each in others[:9]]]
 
 
+def test_packed_formats_learn_from_each_other_their_own_first(run: Callable[..., Any], tmp_path: Path) -> None:
+    int4, mxfp4, bf16 = (model(name, n_shared=0) for name in ("int4_g32", "mxfp4", "bf16"))
+    run([int4, mxfp4, bf16], [16], seed=1)
+    some = read_table(tmp_path / file_name(DEVICE))
+    known = some.configs[int4.shape][16]
+    other = replace(known.config, gate_up=replace(known.config.gate_up, warps=8))
+    some.configs[int4.shape][16] = replace(known, config=other)
+    some.save(tmp_path / file_name(DEVICE))
+    _, _, searches = run([mxfp4, bf16], [16], again=True)
+    assert searches.starts == [[some.configs[mxfp4.shape][16].config, other], [some.configs[bf16.shape][16].config]]
+
+
 def test_others_have_the_device_while_a_search_compiles(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, bench, Clock(lambda config: 1.0))
     is_left = [False]

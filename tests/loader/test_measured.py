@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,20 @@ def test_who_loads_with_this_loader_reads_facts_with_its_tables(tmp_path: Path) 
     differs = {name for name, value in joined.values.items() if alone.values.get(name) != value}
     assert differs == {"engine.tuned_config_routed"}
     assert joined.reading("engine.tuned_config_routed").witness == f"{tmp_path.name}/nvidia_h200.json"
+
+
+def test_who_sets_no_division_has_all_of_a_layer_on_one_rank(tmp_path: Path) -> None:
+    import loader
+
+    write(tmp_path, replace(FUSED, width=2048))
+    found = loader.read_facts(KIMI, platform="h200", tables=tmp_path)
+    assert found.values["moe.shard_width"] == 2048
+    assert found.values["engine.tuned_config_fused"] is True
+    assert "moe-loader" in found.reading("parallel.tp_size").witness
+    assert loader.read_facts(KIMI).values["moe.shard_width"] == 2048
+    # What divides the experts, and not yet how, is not the loader's to decide.
+    divided = loader.read_facts(KIMI, platform="h200", set={"parallel.ep_size": 8}, tables=tmp_path)
+    assert "parallel.tp_size" not in divided.values
 
 
 def test_each_stack_is_looked_up_by_itself(tmp_path: Path) -> None:

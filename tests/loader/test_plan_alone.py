@@ -304,3 +304,13 @@ def test_the_command_says_what_it_counted(tmp_path: Path) -> None:
     assert run(folder, "--memory", "100MB")[0] == 1
     assert run(folder, "--memory", "much")[0] == 2
     assert "memory:" not in run(folder)[1]
+
+
+def test_the_command_says_what_is_lost_where_settings_were_not_measured() -> None:
+    versions = ("--set", "library.triton=3.6.0", "--set", "library.torch=2.11.0")
+    target = CORPUS / "moonshotai__Kimi-K2.5" / "config.json"
+    _, told = run(target, "--platform", "h200", *versions)
+    assert "  moe_backend: triton\n" in told
+    assert "degraded" not in told
+    _, told = run(target, "--platform", "h100", *versions)
+    assert "  moe_backend: triton_untuned\n    degraded: The same kernels, with settings that are counted" in told

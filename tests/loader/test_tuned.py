@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 
 from loader.errors import TableError
 from loader.kernels import tuned
-from loader.kernels.configs import Config, Shape, Tiles, default, misfit
+from loader.kernels.configs import HOPPER_SHARED_BYTES, Config, Shape, Tiles, default, misfit
 from loader.kernels.tuned import Measured, Table, file_name, find_table, read_table, to_change
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +103,14 @@ def test_activations_are_kept_where_there_is_room_for_them(format_name: str, wid
         assert config.down.stages >= 2
         assert default(shape, tokens, 132, x_bytes=4).down.strips == 1
         assert default(shape, tokens, 132, 16 << 10).down.strips == 1
+
+
+@pytest.mark.parametrize(("limit", "block_n"), [(HOPPER_SHARED_BYTES, 256), (166_912, 128), (65_536, 128)])
+def test_tiles_of_a_wide_intermediate_are_broad_where_there_is_room(limit: int, block_n: int) -> None:
+    shape = replace(BF16, width=2048)
+    assert default(shape, 8192, 132, limit).down.block_n == block_n
+    assert default(shape, 8192, 132, limit, x_bytes=4).down.block_n == 128
+    assert default(shape, 256, 132, limit).down.block_n == 128
 
 
 @pytest.mark.parametrize(
