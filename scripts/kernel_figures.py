@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gatekeeper.markdown import table
 from loader.bench.report import Point, Report, draw
+from loader.kernels.tuned import LUCK
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "benchmarks" / "README.md"
@@ -93,16 +94,22 @@ def _rows(points: Sequence[Point], targets: Mapping[str, Sequence[float]]) -> It
         if name == "mxfp4":
             int4 = {point.tokens: point.ours_us for point in points if point.format == "int4_g32"}
             yield row("of int4", (each and _ratio(each.ours_us, int4.get(each.tokens)) for each in here))
-        yield row("apart / ours", (each and _ratio(each.ours_apart_us, each.ours_us) for each in here))
+        if any(each and each.ours_apart_us for each in here):
+            yield row("apart / ours", (each and _ratio(each.ours_apart_us, each.ours_us) for each in here))
         if any(each and each.ours_counted_us for each in here):
             yield row("counted / ours", (each and _ratio(each.ours_counted_us, each.ours_us) for each in here))
-        yield row("router adds, µs", (each and f"{each.layer_us - each.ours_us:.0f}" for each in here))
+        yield row("router adds, µs", (each and _difference(each.layer_us, each.ours_us) for each in here))
         if name in targets:
             yield row(f"target, {'of Marlin' if name == 'int4_g32' else 'times the floor'}", map(str, targets[name]))
 
 
 def _ratio(part: float | None, whole: float | None) -> str:
     return f"{part / whole:.2f}" if part and whole else ""
+
+
+def _difference(more: float, less: float) -> str:
+    """Nothing where it is no more than two readings of the same differ by."""
+    return f"{more - less:.0f}" if more - less > LUCK * less else ""
 
 
 def microseconds(us: float) -> str:
