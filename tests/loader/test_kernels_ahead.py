@@ -72,6 +72,8 @@ def test_the_configuration_by_counting_compiles_and_fits(ahead: Any, arch: str, 
             launches += ahead.launches_of(shape, count, config, arch, ids_dtype=torch.int64) if count < 64 else []
         by_pair = replace(counted(shape, 1, arch, block_m=16), by_pair=True)
         launches += ahead.launches_of(shape, 1, by_pair, arch, ids_dtype=torch.int64)
+    wide = Model.of("kimi-k2.5", format_name, 1).shape  # whose `down` keeps nothing
+    launches += ahead.launches_of(wide, 8192, counted(wide, 8192, arch), arch)
     # The largest blocks, and with float32 in twice the memory, which takes long to compile.
     shape = Model.of("kimi-k2.5", format_name, 8).shape
     for dtype in (torch.bfloat16, torch.float32) if arch == "sm90" else (torch.bfloat16,):
