@@ -160,6 +160,7 @@ def plan_command(
     target = _target(checkpoint, platform, settings, runner, rules_folder, overlays, tables)
     decided = list(target.decided())
     from loader.planning import plan_target
+    from loader.rank import plan_of_rank
 
     answers: list[dict[str, Any]] = []
     plans: list[Plan] = []
@@ -167,8 +168,9 @@ def plan_command(
     source = "--memory"
     for facts, decisions in decided:
         pending |= _is_pending(decisions)
-        plan = plan_target(checkpoint, decisions, target.rules, facts, rank, target.reading)
-        plans.append(plan)
+        whole = plan_target(checkpoint, decisions, target.rules, facts, checkpoint=target.reading)
+        plans.append(whole)  # of which a device has a share, whichever rank is shown
+        plan = whole if rank is None else plan_of_rank(whole, rank, whole.per_rank.tp_size, whole.per_rank.ep_size)
         if device_bytes is None and isinstance(known := facts.values.get("platform.memory_bytes"), int):
             device_bytes, source = known, facts.reading("platform.memory_bytes").witness
         if as_json:
@@ -269,6 +271,8 @@ def load_command(
             for one in found:
                 if one.backend is not None:
                     click.echo(f"  layer {one.index}, {one.backend.text()}")
+            if all(one.backend is None for one in found):
+                click.echo("  no kernels were compared: all layers have the backend eager, with which others are")
     if as_json:
         _print_json({"checkpoint": checkpoint, "runners": answers})
     context.exit(INCOMPLETE if strict and pending else 0)
@@ -393,6 +397,9 @@ def _say(decisions: Decisions, lines: Iterator[str]) -> None:
         click.echo(f"  {decision.feature}: {state}{by}" + (f" {decision.reason}" if decision.reason else ""))
         if decision.degraded:
             click.echo(f"    degraded: {decision.degraded}")
+        for option in dict.fromkeys(one.option for one in decision.outcomes if one.option and one.state == "failed"):
+            failed = [one.id for one in decision.outcomes if one.option == option and one.state == "failed"]
+            click.echo(f"    not {option}: {', '.join(failed)}")
     for line in lines:
         click.echo(line)
 

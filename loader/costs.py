@@ -126,7 +126,8 @@ def rank_bytes(layers: Sequence[LayerPlan], tp_size: int, ep_size: int) -> RankB
 
 def _indivisible(layers: Sequence[LayerPlan], tp_size: int, ep_size: int) -> str:
     if tp_size % ep_size:
-        return f"tp {tp_size} is not a multiple of ep {ep_size}"
+        asked = "; set parallel.tp_size, too" if tp_size == 1 else ""
+        return f"tp {tp_size} is not a multiple of ep {ep_size}{asked}"
     moe_tp = tp_size // ep_size
     for layer in layers:
         if layer.n_routed % ep_size:

@@ -58,7 +58,7 @@ class Fit:
         if not self.divides:
             enough = f"with ep {self.ep_size} no tp up to {LARGEST_TP} divides them, so choose another ep"
         if self.nbytes is None:
-            said = f"nothing fits {device}: the experts can't be divided so; {enough}"
+            said = f"the experts can't be divided so, whatever fits {device}; {enough}"
         elif self.fits:
             left = human(self.device_bytes - self.nbytes)
             said = f"{human(self.nbytes)} on each rank fit {device} and leave {left}"

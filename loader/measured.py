@@ -17,6 +17,7 @@ SIZES = {
     "top_k": "model.num_experts_per_tok",
 }
 ONE_RANK = Reading(1, "moe-loader, which loads all of each layer where no division is set")
+"""Of ``parallel.tp_size``; where ranks are divided in another way, how many of them is not for us to say."""
 
 
 def read_facts(
@@ -42,7 +43,9 @@ def joined(checkpoint: CheckpointReading, *, tables: Path | None, **how: Any) ->
     """
     facts = join(checkpoint, **how)
     own: dict[str, Reading] = {}
-    if "parallel.tp_size" not in facts.values and facts.values.get("parallel.ep_size") == 1:
+    others = (facts.values.get(f"parallel.{name}_size") for name in ("ep", "dp", "pp"))
+    is_ours = facts.values.get("engine.name") == "moe-loader"
+    if is_ours and "parallel.tp_size" not in facts.values and all(size == 1 for size in others):
         own = {"parallel.tp_size": ONE_RANK}
         facts = join(checkpoint, engine=own, **how)
     if not isinstance(facts.values.get("platform.device_name"), str):

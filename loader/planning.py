@@ -19,7 +19,6 @@ from gatekeeper import (
 from loader.plan import Plan
 from loader.planner import build_plan
 from loader.prepared import family_of, read_anew
-from loader.rank import plan_of_rank
 
 
 def plan_target(
@@ -27,13 +26,12 @@ def plan_target(
     decisions: Decisions,
     rules: RuleSet | None = None,
     facts: Facts | None = None,
-    rank: int | None = None,
     checkpoint: CheckpointReading | None = None,
 ) -> Plan:
     """Plan a checkpoint folder or a config.json; reads headers where there are some, and never a weight.
 
     Without headers, the tensors are those that config.json announces (`gatekeeper.announced_index`), and the same
-    planner is run on them. Arguments and errors are those of `loader.prepare`.
+    planner is run on them. Arguments and errors are those of `loader.prepare`, of all ranks.
     """
     rules, checkpoint, fresh = read_anew(target, decisions, rules, checkpoint)
     facts, family = facts or fresh, family_of(rules, fresh, target)
@@ -41,8 +39,7 @@ def plan_target(
     index = checkpoint.index
     if index is None:
         index, source = _announced(Path(target), facts, fresh, family, rules), "config"
-    plan = replace(build_plan(index, family, facts, decisions, rules.formats), source=source)
-    return plan if rank is None else plan_of_rank(plan, rank, plan.per_rank.tp_size, plan.per_rank.ep_size)
+    return replace(build_plan(index, family, facts, decisions, rules.formats), source=source)
 
 
 def _announced(path: Path, facts: Facts, fresh: Facts, family: Family, rules: RuleSet) -> Index:

@@ -6,9 +6,10 @@ They stand between `<!-- generated: SHAPE TP -->` and `<!-- end -->`, and come f
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +99,7 @@ def _rows(points: Sequence[Point], targets: Mapping[str, Sequence[float]]) -> It
             yield row("apart / ours", (each and _ratio(each.ours_apart_us, each.ours_us) for each in here))
         if any(each and each.ours_counted_us for each in here):
             yield row("counted / ours", (each and _ratio(each.ours_counted_us, each.ours_us) for each in here))
-        yield row("router adds, µs", (each and _difference(each.layer_us, each.ours_us) for each in here))
+        yield row("router adds, µs", (each and _added(each) for each in here))
         if name in targets:
             yield row(f"target, {'of Marlin' if name == 'int4_g32' else 'times the floor'}", map(str, targets[name]))
 
@@ -107,9 +108,10 @@ def _ratio(part: float | None, whole: float | None) -> str:
     return f"{part / whole:.2f}" if part and whole else ""
 
 
-def _difference(more: float, less: float) -> str:
-    """Nothing where it is no more than two readings of the same differ by."""
-    return f"{more - less:.0f}" if more - less > LUCK * less else ""
+def _added(point: Point) -> str:
+    """By the router; nothing where that is no more than readings of the same differ by."""
+    added = point.layer_us - point.ours_us
+    return f"{added:.0f}" if added > max(LUCK, point.spread or 0.0) * point.ours_us else ""
 
 
 def microseconds(us: float) -> str:
@@ -130,6 +132,11 @@ def plots() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plots", action="store_true", help="draw the runs again, too")
+    draws = parser.parse_args().plots
+    if draws and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("--plots needs matplotlib: `pip install matplotlib`")
     PAGE.write_text(fresh(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    if "--plots" in sys.argv[1:]:
+    if draws:
         plots()

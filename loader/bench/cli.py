@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from loader.errors import BenchError
 
 if TYPE_CHECKING:
     from loader.bench.peers import Peer
@@ -93,7 +96,7 @@ def bench_command(
         if plot.suffix not in PLOTS:
             raise click.UsageError(f"--plot writes {', '.join(PLOTS)}; not `{plot.name}`")
     _require_gpu()
-    table = _table(tables)
+    _table(tables)  # one that can't be used is refused before anybody waits
     from loader.bench.report import Report, draw
     from loader.bench.run import points
     from loader.bench.timing import ceilings
@@ -103,7 +106,8 @@ def bench_command(
     asked = {"--shape": shape, "--tp": str(tp_size), "--format": formats, "--tokens": tokens, "--peers": peers}
     asked |= {"--tables": "DIR"} if tables is not None else {}
     command = [word for option, value in asked.items() if value for word in (option, value)]
-    with Turn.of_device() as turn:
+    with _has_memory(), Turn.of_device() as turn:
+        table = _table(tables)  # as it is now: another command may have filled it meanwhile
         limits = ceilings()
         report = Report.started(limits, " ".join(["moe-loader", "bench", *command]))
         click.echo(report.heading())
@@ -160,9 +164,9 @@ def tune_command(
     from loader.bench.turn import Turn
     from loader.kernels.tuned import SHIPPED
 
-    until = None if seconds is None else time.monotonic() + seconds
     folder = tables or SHIPPED
-    with Turn.of_device() as turn, shown(len(models) * len(counts)) as bar:
+    with _has_memory(), shown(len(models) * len(counts)) as bar, Turn.of_device(say=bar.say) as turn:
+        until = None if seconds is None else time.monotonic() + seconds
         complete = tune(
             models,
             counts,
@@ -175,6 +179,22 @@ def tune_command(
             left=turn.left,
         )
     context.exit(0 if complete else INCOMPLETE)
+
+
+@contextmanager
+def _has_memory() -> Iterator[None]:
+    """Say what to do where it is not so, without a traceback."""
+    import torch
+
+    from loader.bench.report import first_line
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BenchError(
+            f"the GPU's memory is full: {first_line(error)} Is another program on it? Commands that take turns share "
+            "its time alone; else try more ranks (--tp) or fewer --tokens"
+        ) from None
 
 
 def _names(text: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,12 +11,12 @@ from loader.bench import ours
 from loader.bench.problem import Problem
 from loader.kernels.configs import Config
 
-COMPILERS = max(2, (os.cpu_count() or 4) - 2)
-"""Threads that compile; ptxas is a process of its own and LLVM lets go of the interpreter's lock. Whoever times
-something meanwhile has the processors that are left."""
+COMPILERS = max(1, min(16, (os.cpu_count() or 1) - 2))
+"""Threads that compile; ptxas is a process of its own and LLVM lets go of the interpreter's lock. Two processors are
+left to whoever times something meanwhile."""
 
 
-def compile_all(wanted: Iterable[tuple[Problem, Config]]) -> None:
+def compile_all(wanted: Sequence[tuple[Problem, Config]]) -> None:
     """Into Triton's cache, the experts of each problem; what fails here fails again, one by one, when it is called."""
     import triton
 

@@ -191,10 +191,11 @@ def points(
     """
     for model in models:
         layers = layers_of(model, "cuda", seed)
-        calls = [problems(model, layers[:1], count, seed)[0] for count in tokens]
+        calls = (problems(model, layers[:1], count, seed)[0] for count in tokens)
+        wanted = [each for problem in calls for each in _configurations(problem, table)]
         with left():
-            compile_all(each for problem in calls for each in _configurations(problem, table))
-        del calls
+            compile_all(wanted)
+        del wanted
         for count in tokens:
             yield measure(model, layers, count, limits=limits, table=table, peers=peers, seed=seed)
         del layers

@@ -10,6 +10,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from loader.bench import ours
 from loader.bench.candidates import candidates, fewer_registers, some_tiles, with_tiles
 from loader.bench.checks import Reference, References, accuracy
@@ -68,13 +70,16 @@ def search(
     def round_of(configs: Iterable[Config]) -> Config:
         nonlocal reason
         fresh = [config for config in dict.fromkeys(configs) if config not in times]
-        with left():
-            compile_all((problems[0], config) for config in fresh)
+        if fresh:
+            with left():
+                compile_all([(problems[0], config) for config in fresh])
         for config in fresh:
             try:
                 calls = [ours.call(problem, config) for problem in problems]
                 right.each[0].require(calls[0](), allowed, "it")
                 times[config] = timer.microseconds(calls)
+            except torch.OutOfMemoryError:
+                raise  # no fault of the setting
             except Exception as error:  # noqa: BLE001  # Triton has one for each way a kernel can be too large
                 log.debug("%s does not run: %s", config, error)
                 times[config], reason = math.inf, first_line(error)

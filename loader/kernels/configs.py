@@ -129,7 +129,7 @@ def default(
         down = _tiles(shape, block_m, rows=1, wide=wide)
         broad = replace(down, block_n=256, stages=4, group=1)
         fits = shared_bytes(shape, block_m, 1, broad, x_bytes) <= limit and not wide
-        if KINDS[shape.format] == "plain" and block_m > LARGE and fits:
+        if KINDS[shape.format] == "plain" and block_m > LARGE and shape.width > MOST_KEPT and fits:
             down = broad  # so that activations are read half as often
     if block_m >= LARGE and blocks * shape.width < multiprocessors * gate_up.block_n:
         gate_up = replace(gate_up, block_n=gate_up.block_n // 2)

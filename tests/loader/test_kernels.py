@@ -16,6 +16,7 @@ from loader.activation import ExpertConfig
 from loader.backends import rounding
 from loader.kernels.configs import PACKED, Config, Tiles
 from loader.kernels.eager import eager
+from loader.kernels.tuned import SHIPPED, read_table
 from loader.moe import Experts
 from tests.loader.stacks import stack
 
@@ -145,6 +146,33 @@ def test_the_kernels_compute_what_the_reference_does(layer: Any, call: dict[str,
     tolerance = TOLERANCES[dtype]
     if of == "fp8_block" and dtype != torch.float32:
         tolerance = FP8_TOLERANCE if min(call["hidden"], call["width"]) >= 32 else NARROW_FP8_TOLERANCE
+    assert relative(actual, expected) <= tolerance
+
+
+def shipped_ways() -> dict[tuple[str, Config], None]:
+    """Formats and configurations of the shipped tables, but for what decides about registers and time alone."""
+
+    def bare(tiles: Tiles) -> Tiles:
+        return replace(tiles, warps=4, stages=2, registers=0)
+
+    tables = map(read_table, sorted(SHIPPED.glob("*.json")))
+    measured = ((shape.format, one.config) for table in tables for shape in table.configs
+                for one in table.configs[shape].values())  # fmt: skip
+    return dict.fromkeys((name, replace(c, gate_up=bare(c.gate_up), down=bare(c.down))) for name, c in measured)
+
+
+@pytest.mark.parametrize(("format_name", "config"), shipped_ways())
+def test_every_shipped_configuration_is_right_at_sizes_that_are_no_whole_tiles(
+    layer: Any, format_name: str, config: Config
+) -> None:
+    """And within its tensors (`bounds`); a share of the tokens such as it is for, up to a block and some."""
+    tokens = 3 if config.by_pair else config.block_m + 3
+    call = {"seed": 3, "tokens": tokens, "slots": 3, "top_k": 2, "hidden": 352, "routing": "crowded", "dropped": True}
+    experts = stack(format_name, slots=3, hidden=352, width=160, seed=3)
+    x, weights, ids = routed(call)
+    actual = layer.TritonExperts(experts)(x.bfloat16(), weights, ids, config=config)
+    expected = reference(x.bfloat16().float(), weights, ids, experts, torch.bfloat16)
+    tolerance = FP8_TOLERANCE if format_name == "fp8_block" else TOLERANCES[torch.bfloat16]
     assert relative(actual, expected) <= tolerance
 
 

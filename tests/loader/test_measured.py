@@ -64,9 +64,10 @@ def test_who_sets_no_division_has_all_of_a_layer_on_one_rank(tmp_path: Path) -> 
     assert found.values["engine.tuned_config_fused"] is True
     assert "moe-loader" in found.reading("parallel.tp_size").witness
     assert loader.read_facts(KIMI).values["moe.shard_width"] == 2048
-    # What divides the experts, and not yet how, is not the loader's to decide.
-    divided = loader.read_facts(KIMI, platform="h200", set={"parallel.ep_size": 8}, tables=tmp_path)
-    assert "parallel.tp_size" not in divided.values
+    # Ranks that are divided in another way, or are another engine's, are not the loader's to count.
+    for setting in ({"parallel.ep_size": 8}, {"parallel.dp_size": 8}, {"parallel.pp_size": 2}, {"engine.name": "x"}):
+        other = loader.read_facts(KIMI, platform="h200", set=setting, tables=tmp_path)
+        assert "parallel.tp_size" not in other.values
 
 
 def test_each_stack_is_looked_up_by_itself(tmp_path: Path) -> None:

@@ -218,7 +218,8 @@ def test_experts_that_can_not_be_divided(tmp_path: Path) -> None:
     found = fit(list(plans.values()), 80 * GIB, "x")
     assert (found.nbytes, found.fits) == (None, False)
     assert found.smallest_tp_size is not None and found.smallest_tp_size < 8
-    assert "the experts can't be divided so; they fit from tp " in found.lines()[0]
+    assert found.lines()[0].startswith("memory: the experts can't be divided so, whatever fits ")
+    assert "; they fit from tp " in found.lines()[0]
 
 
 def test_expert_parallelism_that_no_number_of_ranks_can_have(tmp_path: Path) -> None:
@@ -310,7 +311,33 @@ def test_the_command_says_what_is_lost_where_settings_were_not_measured() -> Non
     versions = ("--set", "library.triton=3.6.0", "--set", "library.torch=2.11.0")
     target = CORPUS / "moonshotai__Kimi-K2.5" / "config.json"
     _, told = run(target, "--platform", "h200", *versions)
-    assert "  moe_backend: triton\n" in told
-    assert "degraded" not in told
+    assert "  moe_backend: triton\n  shared" in told
     _, told = run(target, "--platform", "h100", *versions)
-    assert "  moe_backend: triton_untuned\n    degraded: The same kernels, with settings that are counted" in told
+    lines = told.splitlines()
+    at = lines.index("  moe_backend: triton_untuned")
+    assert lines[at + 1].startswith("    degraded: The same kernels, with settings that are counted")
+    assert lines[at + 2] == "    not triton: measured-for-the-routed-stack"
+
+
+def test_the_command_says_which_kernels_it_can_not_have(tmp_path: Path) -> None:
+    newer = ("--set", "library.triton=3.7.0", "--set", "library.torch=2.11.0")
+    _, told = run(CORPUS / "moonshotai__Kimi-K2.5" / "config.json", "--platform", "h200", *newer)
+    assert "  moe_backend: grouped_mm\n    not triton: triton-was-tested\n    not triton_untuned: triton-was" in told
+
+
+@pytest.mark.parametrize("ep_size", [1, 4])
+def test_a_device_has_one_share_whichever_rank_is_shown(ep_size: int) -> None:
+    config = CORPUS / "moonshotai__Kimi-K2.5" / "config.json"
+    sizes = ("--set", "parallel.tp_size=4", "--set", f"parallel.ep_size={ep_size}", "--memory", "80GiB")
+    code, told = run(config, *sizes)
+    shown_code, shown = run(config, *sizes, "--rank", "1")
+    memory = [line for line in told.splitlines() if line.startswith("memory:")]
+    assert [line for line in shown.splitlines() if line.startswith("memory:")] == memory
+    assert "134.4 GiB on each rank do not fit" in memory[0] and "they fit from tp 8 on" in memory[0]
+    assert (code, shown_code) == (1, 1)
+    assert "on rank 1" in shown
+
+
+def test_a_division_that_is_half_said() -> None:
+    _, told = run(CORPUS / "moonshotai__Kimi-K2.5" / "config.json", "--set", "parallel.ep_size=8")
+    assert "tp 1 is not a multiple of ep 8; set parallel.tp_size, too" in told
