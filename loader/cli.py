@@ -187,9 +187,12 @@ def _memory(text: str | None) -> int | None:
     from loader.text import bytes_of
 
     try:
-        return None if text is None else bytes_of(text)
+        found = None if text is None else bytes_of(text)
     except ValueError as error:
         raise click.UsageError(f"--memory: {error}") from None
+    if found is not None and found < 1 << 20:
+        raise click.UsageError(f"--memory: no device has {found} bytes; say {text}GiB, if that is meant")
+    return found
 
 
 def _fit(

@@ -75,6 +75,12 @@ def test_a_run_without_a_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         fresh("<!-- generated: kimi-k2.5 8 -->\n<!-- end -->\n")
 
 
+@pytest.mark.parametrize(("spread", "told"), [(None, "8"), (0.06, "")])
+def test_what_the_router_adds_is_told_where_it_can_be_told_from_noise(spread: float | None, told: str) -> None:
+    assert kernel_figures._added(point(ours_us=150.0, layer_us=158.0, spread=spread)) == told
+    assert kernel_figures._added(point(ours_us=1000.0, layer_us=1008.0, spread=spread)) == ""
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_a_run_is_read_as_it_was_written(path: object) -> None:
     raw = json.loads(path.read_text(encoding="utf-8"))  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from loader.bench import cli
 from loader.cli import group
-from loader.errors import TableError
+from loader.errors import BenchError, TableError
 from loader.kernels.tuned import file_name
 from tests.loader.bench_fakes import CEILINGS, point
 
@@ -144,7 +144,10 @@ def test_a_bench_that_is_cut_short_has_what_it_measured(monkeypatch: pytest.Monk
     from loader.bench import timing
     from loader.bench.turn import Turn
 
-    def points(*_: object, **__: object) -> object:
+    turn = Turn(tmp_path / "lock")
+
+    def points(*_: object, left: object, **__: object) -> object:
+        assert left == turn.left
         yield point(tokens=1, absent={"marlin": "needs sm80"})
         assert len(json.loads(path.read_text(encoding="utf-8"))["points"]) == 1
         yield point(tokens=4)
@@ -156,7 +159,7 @@ def test_a_bench_that_is_cut_short_has_what_it_measured(monkeypatch: pytest.Monk
         (cli, "_table", lambda folder: None),
         (torch.cuda, "get_device_name", lambda: DEVICE),
         (timing, "ceilings", lambda: CEILINGS),
-        (Turn, "of_device", lambda: Turn(tmp_path / "lock")),
+        (Turn, "of_device", lambda: turn),
         (bench, "points", points),
     ]
     for owner, name, stand_in in replaced:
@@ -167,3 +170,20 @@ def test_a_bench_that_is_cut_short_has_what_it_measured(monkeypatch: pytest.Monk
     assert [one["tokens"] for one in figures["points"]] == [1, 4]
     assert (figures["device"], figures["command"].split()[0]) == (DEVICE, "moe-loader")
     assert "kimi-k2.5" in done.output
+
+
+@pytest.mark.kernels
+def test_a_gpu_that_is_full_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from loader.bench import timing
+    from loader.bench.turn import Turn
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 31.50 GiB.")
+
+    monkeypatch.setattr(cli, "_require_gpu", lambda: None)
+    monkeypatch.setattr(cli, "_table", lambda folder: None)
+    monkeypatch.setattr(Turn, "of_device", lambda: Turn(tmp_path / "lock"))
+    monkeypatch.setattr(timing, "ceilings", full)
+    done = run("bench", *GOOD)
+    assert isinstance(done.exception, BenchError)
+    assert "the GPU's memory is full: CUDA out of memory. Tried to allocate 31.50 GiB. Is" in str(done.exception)

@@ -417,6 +417,17 @@ def test_packed_formats_learn_from_each_other_their_own_first(run: Callable[...,
     assert searches.starts == [[some.configs[mxfp4.shape][16].config, other], [some.configs[bf16.shape][16].config]]
 
 
+def test_a_full_gpu_is_no_fault_of_a_setting(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, bench, Clock(lambda config: 1.0))
+
+    def full(_: Config) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(bench.ours, "call", lambda problem, config: Call(config, full))
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.search(one_problem(2048), SHAPE, most=6)
+
+
 def test_others_have_the_device_while_a_search_compiles(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, bench, Clock(lambda config: 1.0))
     is_left = [False]
@@ -608,7 +619,8 @@ def test_the_command_says_by_its_status_whether_it_was_done(
 
     monkeypatch.setattr(tuning, "tune", tune)
     monkeypatch.setattr(cli, "_require_gpu", lambda: None)
-    monkeypatch.setattr(Turn, "of_device", lambda: Turn(tmp_path / "lock"))
+    turn = Turn(tmp_path / "lock")
+    monkeypatch.setattr(Turn, "of_device", lambda **_: turn)
     arguments = ["--shape", "kimi-k2.5", "--tp", "8", "--format", "bf16,mxfp4", "--tokens", "1, 16"]
     done = CliRunner().invoke(
         cli.tune_command,
@@ -617,7 +629,7 @@ def test_the_command_says_by_its_status_whether_it_was_done(
     assert done.exit_code == code
     assert done.output == "found it\n"
     assert (asked["models"], asked["tokens"], asked["most"]) == (["bf16", "mxfp4"], [1, 16], 5)
-    assert (asked["folder"], asked["again"], asked["seed"]) == (tmp_path, True, 3)
+    assert (asked["folder"], asked["again"], asked["seed"], asked["left"]) == (tmp_path, True, 3, turn.left)
     assert 50 < asked["until"] - time.monotonic() <= 60
 
 
