@@ -191,7 +191,7 @@ def _memory(text: str | None) -> int | None:
     except ValueError as error:
         raise click.UsageError(f"--memory: {error}") from None
     if found is not None and found < 1 << 20:
-        raise click.UsageError(f"--memory: no device has {found} bytes; say {text}GiB, if that is meant")
+        raise click.UsageError(f"--memory: no device has {found} bytes; give its memory with a unit, such as 80GiB")
     return found
 
 
