@@ -26,7 +26,7 @@ class Turn:
     """
 
     def __init__(self, path: Path, say: Callable[[str], object] = lambda text: click.echo(text, err=True)) -> None:
-        """`path`: of the device's file, which is made; `say`: how to tell, once, that another command has the device."""
+        """`path`: of the device's file, which is made; `say`: how to tell, once, that another has the device."""
         self.path, self.say = path, say
         self._file: int | None = None
         self._said = False
