@@ -400,9 +400,12 @@ def _say(decisions: Decisions, lines: Iterator[str]) -> None:
         click.echo(f"  {decision.feature}: {state}{by}" + (f" {decision.reason}" if decision.reason else ""))
         if decision.degraded:
             click.echo(f"    degraded: {decision.degraded}")
-        for option in dict.fromkeys(one.option for one in decision.outcomes if one.option and one.state == "failed"):
-            failed = [one.id for one in decision.outcomes if one.option == option and one.state == "failed"]
-            click.echo(f"    not {option}: {', '.join(failed)}")
+        failed: dict[str, list[str]] = {}
+        for outcome in decision.outcomes:
+            if outcome.option and outcome.state == "failed":
+                failed.setdefault(outcome.option, []).append(outcome.id)
+        for option, ids in failed.items():
+            click.echo(f"    not {option}: {', '.join(ids)}")
     for line in lines:
         click.echo(line)
 

@@ -84,11 +84,7 @@ def test_what_the_router_adds_is_told_where_it_can_be_told_from_noise(spread: fl
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_a_run_is_read_as_it_was_written(path: object) -> None:
     raw = json.loads(path.read_text(encoding="utf-8"))  # type: ignore[attr-defined]
-    again = Report.from_json(raw).as_json()
-    # Divided before it was rounded, and of rounded figures here.
-    ratios = [[point.pop("ours_over_floor") for point in each["points"]] for each in (again, raw)]
-    assert again == raw
-    assert ratios[0] == pytest.approx(ratios[1], abs=2e-4)
+    assert Report.from_json(raw).as_json() == raw
 
 
 @pytest.mark.parametrize(("us", "text"), [(7.584, "7.6"), (99.94, "99.9"), (107.4, "107"), (2439.4, "2439")])

@@ -5,6 +5,7 @@ Shapes: T tokens, E routed experts, S shared experts in slots behind them, K slo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from gatekeeper import load_rules
 from loader.formats import Layout, layout_of
-from loader.kernels.configs import Shape
+from loader.kernels.configs import KINDS, Shape
 from loader.kernels.known import KERNELS
 from loader.moe import Experts, Router, SharedSlotRouter
 from loader.router_config import RouterConfig
@@ -93,6 +94,17 @@ class Model:
             top_k=self.top_k + self.n_shared,
         )
 
+    @property
+    def stacks(self) -> list[Shape]:
+        """What has settings of its own: all slots, and where some are shared the routed ones and the shared ones.
+
+        Shared slots of plain numbers have none: apart from the others they are torch's products.
+        """
+        if not self.n_shared:
+            return [self.shape]
+        apart = [self.shape.routed(self.n_shared), self.shape.shared(self.n_shared)]
+        return [self.shape, *(apart[:1] if KINDS[self.format] == "plain" else apart)]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
@@ -111,10 +123,10 @@ class Problem:
     topk_ids_TK: Tensor
     """int32; those of the shared slots are E, E + 1, ..."""
 
-    def halves(self) -> tuple[Problem, Problem]:
-        """The same tokens on their way to the routed slots alone, and to the shared ones."""
+    def parts(self) -> list[Problem]:
+        """The same tokens on their way to the slots of each of the model's `stacks`."""
         k = self.model.top_k
-        routed, shared = (
+        apart = (
             replace(
                 self,
                 topk_weights_TK=self.topk_weights_TK[:, columns].contiguous(),
@@ -122,7 +134,7 @@ class Problem:
             )
             for columns in (slice(k), slice(k, None))
         )
-        return routed, shared
+        return [self, *itertools.islice(apart, len(self.model.stacks) - 1)]
 
 
 @cache

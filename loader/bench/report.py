@@ -49,8 +49,8 @@ class Point:
 
     @property
     def ours_over_floor(self) -> float:
-        """Of the fused layout."""
-        return self.ours_us / self.floor_us
+        """Of both as they are written, so that it can be worked out from them."""
+        return float(_rounded(self.ours_us) / _rounded(self.floor_us))
 
     def as_json(self) -> dict[str, Any]:
         """Flat, with each peer's time under its own name."""

@@ -17,7 +17,7 @@ from loader.bench.report import Point, first_line
 from loader.bench.timing import Captured, Ceilings, capture, in_turns, probe, settle
 from loader.bench.turn import Left
 from loader.errors import BenchError
-from loader.kernels.configs import KINDS, Config
+from loader.kernels.configs import Config
 from loader.kernels.triton_backend import configuration
 from loader.kernels.tuned import Table
 from loader.moe import Experts
@@ -123,14 +123,9 @@ def measure(
 
 def _configurations(problem: Problem, table: Table | None) -> list[tuple[Problem, Config]]:
     """What `measure` times of ours for this number of tokens, together and apart."""
-    shape, x_TD, n_shared = problem.model.shape, problem.x_TD, problem.model.n_shared
-    found = [(problem, configuration(shape, x_TD, table)), (problem, configuration(shape, x_TD, None))]
-    if n_shared:
-        routed, shared = problem.halves()
-        found.append((routed, configuration(shape.routed(n_shared), x_TD, table)))
-        if KINDS[shape.format] != "plain":  # whose shared slots are torch's products
-            found.append((shared, configuration(shape.shared(n_shared), x_TD, table)))
-    return found
+    counted = configuration(problem.model.shape, problem.x_TD, None)
+    parts = zip(problem.parts(), problem.model.stacks, strict=True)
+    return [(problem, counted), *((part, configuration(stack, problem.x_TD, table)) for part, stack in parts)]
 
 
 def _rerouted(some: Sequence[Problem], right: References) -> References:

@@ -21,7 +21,7 @@ from loader.bench.timing import capture, in_turns
 from loader.bench.tune import Best, search
 from loader.bench.turn import Left
 from loader.errors import TableError
-from loader.kernels.configs import KINDS, PACKED, Config, Shape, misfit
+from loader.kernels.configs import PACKED, Config, Shape, misfit
 from loader.kernels.tuned import Measured, Table, file_name, table_at, to_change
 
 
@@ -92,15 +92,8 @@ def _listed(versions: Mapping[str, str]) -> str:
     return " and ".join(f"{name} {version}" for name, version in sorted(versions.items()))
 
 
-def _shapes(model: Model) -> list[Shape]:
-    """The stack as a whole, and where it has shared slots its two halves; plain shared ones are torch's products."""
-    shape, n_shared = model.shape, model.n_shared
-    shared = [] if KINDS[model.format] == "plain" else [shape.shared(n_shared)]
-    return [shape, shape.routed(n_shared), *shared] if n_shared else [shape]
-
-
 def _is_complete(table: Table, model: Model, tokens: int) -> bool:
-    found = [table.configs.get(shape, {}).get(tokens) for shape in _shapes(model)]
+    found = [table.configs.get(shape, {}).get(tokens) for shape in model.stacks]
     compared = found[0] is not None and (not model.n_shared or found[0].apart_microseconds is not None)
     return compared and None not in found
 
@@ -118,8 +111,8 @@ def _tune_one(
     again: bool,
     find: Callable[..., Best],
 ) -> str:
-    shapes, tokens = _shapes(model), len(problems[0].x_TD)
-    for shape, some in zip(shapes, _parts(model, problems), strict=True):
+    tokens = len(problems[0].x_TD)
+    for shape, *some in zip(model.stacks, *(problem.parts() for problem in problems), strict=True):
         searched = tokens in table.configs.get(shape, {})
         if again or not searched:
             fewer = min(most, max(4, most // 3)) if searched else most
@@ -178,11 +171,3 @@ def _save(path: Path, shape: Shape, measured: Measured) -> Table:
         table.versions = {**table.versions, **_versions()}
         table.configs.setdefault(shape, {})[measured.tokens] = measured
     return table
-
-
-def _parts(model: Model, problems: Sequence[Problem]) -> list[list[Problem]]:
-    """The calls of each of `_shapes`."""
-    if not model.n_shared:
-        return [list(problems)]
-    routed, shared = zip(*(problem.halves() for problem in problems), strict=True)
-    return [list(problems), list(routed), list(shared)][: len(_shapes(model))]

@@ -341,3 +341,30 @@ def test_each_contender_comes_behind_each_other_one_equally_often(n: int) -> Non
     assert all(sorted(each) == list(range(n)) for each in rounds)
     behind = Counter(pair for each in rounds for pair in pairwise(each))
     assert len(behind) == n * (n - 1) and set(behind.values()) <= {2}
+
+
+@pytest.mark.parametrize("format_name", ["bf16", "mxfp4"])
+@pytest.mark.parametrize("n_shared", [0, 1])
+def test_what_is_compiled_ahead_is_what_is_timed(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, format_name: str, n_shared: int
+) -> None:
+    from loader.kernels.triton_layer import TritonExperts
+
+    called = set()
+    real = TritonExperts.__call__
+
+    def noted(self: Any, x: Tensor, weights: Tensor, ids: Tensor, **how: Any) -> Tensor:
+        called.add((ids.shape[1], how["config"]))
+        return real(self, x, weights, ids, **how)
+
+    of, layers = of_point(format_name=format_name, n_shared=n_shared)
+    (problem,) = bench.problems(of, layers[:1], 3, 0)
+    counted = bench.configuration(of.shape, problem.x_TD, None)
+    table = Table(device="", versions={})
+    measured = Measured(tokens=3, microseconds=1.0, config=replace(counted, block_m=2 * counted.block_m))
+    table.configs[of.shape] = {3: measured}
+    monkeypatch.setattr(TritonExperts, "__call__", noted)
+    bench.measure(of, layers, 3, limits=CEILINGS, table=table)
+    wanted = {(part.topk_ids_TK.shape[1], config) for part, config in bench._configurations(problem, table)}
+    assert called == wanted
+    assert len(wanted) == 2 + n_shared * (1 if format_name == "bf16" else 2)

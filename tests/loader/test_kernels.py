@@ -155,9 +155,8 @@ def shipped_ways() -> dict[tuple[str, Config], None]:
     def bare(tiles: Tiles) -> Tiles:
         return replace(tiles, warps=4, stages=2, registers=0)
 
-    tables = map(read_table, sorted(SHIPPED.glob("*.json")))
-    measured = ((shape.format, one.config) for table in tables for shape in table.configs
-                for one in table.configs[shape].values())  # fmt: skip
+    stacks = (each for path in sorted(SHIPPED.glob("*.json")) for each in read_table(path).configs.items())
+    measured = ((shape.format, one.config) for shape, by_tokens in stacks for one in by_tokens.values())
     return dict.fromkeys((name, replace(c, gate_up=bare(c.gate_up), down=bare(c.down))) for name, c in measured)
 
 

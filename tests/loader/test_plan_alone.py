@@ -321,7 +321,7 @@ def test_the_command_says_what_is_lost_where_settings_were_not_measured() -> Non
     assert lines[at + 2] == "    not triton: measured-for-the-routed-stack"
 
 
-def test_the_command_says_which_kernels_it_can_not_have(tmp_path: Path) -> None:
+def test_the_command_says_which_kernels_it_can_not_have() -> None:
     newer = ("--set", "library.triton=3.7.0", "--set", "library.torch=2.11.0")
     _, told = run(CORPUS / "moonshotai__Kimi-K2.5" / "config.json", "--platform", "h200", *newer)
     assert "  moe_backend: grouped_mm\n    not triton: triton-was-tested\n    not triton_untuned: triton-was" in told
